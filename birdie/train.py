@@ -1,0 +1,322 @@
+"""Trains a state-space language model under Birdie's mixture."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from birdie import controller
+from birdie import data as data_lib
+from birdie.curriculum import Curriculum, CurriculumHook, EvaluationHook
+from birdie.evaluate import Evaluator, apply_model
+from birdie.models import RULES, make_model, token_metrics
+from birdie.report import make_spec
+from birdie.retrieval import RetrievalEvaluation
+from common import hooks as hooks_lib
+from common.errors import UserError
+from common.metrics import Mean
+from common.optim import make_optimizer
+from common.parallel import (
+  batch_sharding,
+  init_sharded,
+  make_mesh,
+  shardings,
+  startup_report,
+)
+from common.progress import ProgressBar
+from common.report import write_report
+from common.rngs import RngStreams
+from common.state import TrainState
+from common.step import LossFn, make_train_step
+from common.train import train
+from common.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+# Keys that may change when a run is resumed: they change no number in it.
+FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
+        "data.prefetch", "mesh")  # fmt: skip
+
+
+def make_loss_fn(model: Any, curriculum: Curriculum) -> LossFn:
+  """The loss of a packed batch: mean over target tokens, in float32.
+
+  Besides the whole, it reports loss and accuracy of every class of objectives
+  (a class no sample of the batch belongs to has count 0) and how full the
+  rows are.
+
+  Args:
+    model: a module of `birdie.models`.
+    curriculum: the classes.
+  """
+  names = curriculum.class_names
+  # One more class, for padding (configuration -1).
+  classes = np.asarray([*curriculum.classes, len(names)], np.int32)
+
+  def loss_fn(params, batch, rngs):
+    del rngs
+    logits = apply_model(model, params, batch)
+    loss, correct = token_metrics(logits, batch)
+    weights = batch["loss_weights"]
+    ids = jnp.asarray(classes)[batch["config_ids"]]
+    sums = jax.ops.segment_sum(
+      jnp.stack([loss * weights, correct * weights, weights], -1).reshape(
+        -1, 3
+      ),
+      ids.reshape(-1),
+      len(names) + 1,
+    )
+    metrics = {
+      "loss": Mean.of(loss, weights),
+      "accuracy": Mean.of(correct, weights),
+      "fill": Mean.of((batch["segment_ids"] > 0).astype(jnp.float32)),
+    }
+    for i, name in enumerate(names):
+      metrics[f"loss_of/{name}"] = Mean(sums[i, 0], sums[i, 2])
+      metrics[f"accuracy_of/{name}"] = Mean(sums[i, 1], sums[i, 2])
+    mean = metrics["loss"]
+    return mean.total / jnp.maximum(mean.count, 1e-9), metrics
+
+  return loss_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+  """What a configuration describes, before anything is trained.
+
+  Attributes:
+    corpus: tokenizer, vocabulary and text stores.
+    configurations: the mixture's entries.
+    create: makes the state of step 0, sharded.
+    abstract: its shapes, dtypes and shardings.
+  """
+
+  corpus: data_lib.Corpus
+  configurations: Sequence[Any]
+  curriculum: Curriculum
+  model: Any
+  mesh: jax.sharding.Mesh
+  sharding: jax.sharding.NamedSharding
+  tx: Any
+  learning_rate: Callable[[int], Any]
+  create: Callable[[], TrainState]
+  abstract: TrainState
+  eval_steps: Sequence[int]
+
+
+def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
+  """Builds model, optimizer and sharded state from a configuration.
+
+  Args:
+    config: see `configs/birdie.py`.
+    corpus: only its vocabulary is looked at.
+
+  Raises:
+    UserError: for a mesh that does not fit the devices, a batch that does not
+      fit the mesh, unknown names.
+  """
+  mesh = make_mesh(config.mesh.to_dict())
+  check_batch(config, mesh)
+  configurations = data_lib.make_configurations(config, corpus.vocab)
+  curriculum = Curriculum.of(configurations)
+  model = make_model(config.model, corpus.vocab.size)
+  eval_steps = controller.eval_steps(
+    config.num_steps, config.controller.schedule
+  )
+  tx, learning_rate = make_optimizer(config.optim, config.num_steps)
+
+  def init(key: jax.Array) -> TrainState:
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    prefix = jnp.zeros((1, 8), bool)
+    params = model.init(key, tokens, tokens, tokens, prefix)["params"]
+    extra = {}
+    if config.controller.enabled:
+      extra["controller"] = controller.init_state(
+        controller_config(config),
+        jax.random.fold_in(key, 1),
+        classes=curriculum.classes,
+        capacity=len(eval_steps),
+      )
+    return TrainState.create(params, tx, extra)
+
+  key = jax.random.key(config.seed)
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(init, key)
+    placed = shardings(shapes, mesh, RULES)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    placed,
+  )
+  return Setup(
+    corpus=corpus,
+    configurations=configurations,
+    curriculum=curriculum,
+    model=model,
+    mesh=mesh,
+    sharding=batch_sharding(mesh, seq=bool(config.model.seq_axis)),
+    tx=tx,
+    learning_rate=learning_rate,
+    create=lambda: init_sharded(init, mesh, RULES, key),
+    abstract=abstract,
+    eval_steps=eval_steps,
+  )
+
+
+def controller_config(config: Any) -> controller.ControllerConfig:
+  """The controller's settings, without the keys that are the trainer's."""
+  settings = config.controller.to_dict()
+  for name in ("enabled", "schedule"):
+    settings.pop(name)
+  return controller.ControllerConfig(**settings)
+
+
+def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
+  """Refuses batches that cannot be dealt out evenly.
+
+  Raises:
+    UserError: naming both numbers.
+  """
+  shards = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+  for name, rows in (
+    ("data.batch_size", config.data.batch_size),
+    ("evaluation.batch_size", config.evaluation.batch_size),
+  ):
+    if rows % shards:
+      raise UserError(
+        f"{name}={rows} is not divisible by the {shards} devices along "
+        "mesh.data and mesh.fsdp: choose a multiple"
+      )
+  if config.data.batch_size % (config.accum * shards):
+    raise UserError(
+      f"data.batch_size={config.data.batch_size} is not divisible by accum="
+      f"{config.accum} times {shards} devices: choose a multiple"
+    )
+
+
+def train_and_evaluate(config: Any, workdir: str) -> TrainState:
+  """Trains to the end, or on from where the folder left off.
+
+  Args:
+    config: see `configs/birdie.py`.
+    workdir: the run's folder.
+
+  Returns:
+    The last state.
+  """
+  corpus = data_lib.make_corpus(config)
+  setup = make_setup(config, corpus)
+  folder = Workdir(
+    workdir,
+    config,
+    free=FREE,
+    facts=corpus.facts(),
+    pinned=("text_hash",),
+    keep=config.checkpoint.keep,
+    best="eval/loss" if config.checkpoint.keep_best else None,
+    tensorboard=config.log.tensorboard,
+  )
+  if jax.process_index() == 0:
+    make_spec(config).save(folder.path)
+  loader = data_lib.train_loader(
+    config, corpus, setup.configurations, sharding=setup.sharding
+  )
+  with contextlib.ExitStack() as stack:
+    stack.callback(folder.close)
+    stack.callback(loader.close)
+    state = _run(config, setup, folder, loader, stack)
+  if jax.process_index() == 0:
+    log.info("report: %s", write_report(folder.path))
+  return state
+
+
+def _run(config, setup: Setup, folder: Workdir, loader, stack) -> TrainState:
+  """Hooks, state, loop."""
+  progress = stack.enter_context(
+    ProgressBar(config.num_steps, name="birdie", loss_key="train/loss")
+  )
+  guard = hooks_lib.StopOnNonFinite()
+  logs = hooks_lib.LogHook(
+    config.log.every,
+    folder.writer,
+    progress,
+    examples_per_step=config.data.batch_size * config.data.sequence_length,
+    extra=lambda step: {
+      "train/learning_rate": float(setup.learning_rate(step))
+    },
+  )
+  evaluation = make_evaluation(config, setup, folder)
+  retrieval = hooks_lib.EvaluateHook(
+    config.retrieval.every,
+    RetrievalEvaluation(config.retrieval, setup.model, setup.corpus),
+    folder.writer,
+  )
+  checkpoint = hooks_lib.CheckpointHook(
+    config.checkpoint.every,
+    folder.checkpointer,
+    host={"log": logs, "evaluation": evaluation, "retrieval": retrieval},
+    guard=guard,
+    metrics=lambda: evaluation.latest,
+  )
+  preemption = stack.enter_context(hooks_lib.PreemptionHook(checkpoint))
+  hooks = [guard, logs, evaluation, retrieval, checkpoint, preemption]
+  if config.profile.count:
+    hooks.append(
+      hooks_lib.ProfileHook(
+        str(folder.path / "profile"),
+        start=config.profile.start,
+        count=config.profile.count,
+      )
+    )
+  host: Mapping[str, Any] = {
+    "log": logs, "evaluation": evaluation, "retrieval": retrieval,
+  }  # fmt: skip
+  state = folder.resume(setup.create, setup.abstract, loader, host)
+  log.info(
+    "%s",
+    startup_report(setup.mesh, state, global_batch=config.data.batch_size),
+  )
+  progress.start(int(state.step))
+  step_fn = make_train_step(
+    make_loss_fn(setup.model, setup.curriculum),
+    setup.tx,
+    RngStreams(config.seed),
+    accum=config.accum,
+  )
+  return train(
+    state,
+    step_fn,
+    loader,
+    num_steps=config.num_steps,
+    hooks=hooks,
+    mesh=setup.mesh,
+  )
+
+
+def make_evaluation(config, setup: Setup, folder: Workdir) -> EvaluationHook:
+  """The controller where it is enabled, plain evaluation otherwise."""
+  evaluator = Evaluator(
+    setup.model,
+    data_lib.eval_batches(config, setup.corpus, setup.configurations),
+    num_configs=len(setup.configurations),
+    sharding=setup.sharding,
+  )
+  common = {
+    "steps": setup.eval_steps,
+    "evaluator": evaluator,
+    "curriculum": setup.curriculum,
+    "writer": folder.writer,
+  }
+  if not config.controller.enabled:
+    return EvaluationHook(**common)
+  return CurriculumHook(
+    controller_config(config),
+    num_steps=config.num_steps,
+    seed=config.seed,
+    **common,
+  )

@@ -1,0 +1,1 @@
+"""The shared core: one loop, one config system, one checkpointer."""

@@ -1,0 +1,268 @@
+"""One entry for every project: workdir, logs, devices, exit statuses.
+
+A project's `main.py` hands its function to `run`. A verb with flags of its
+own takes `common.flags.Parser` for them and `call` for the exit status:
+
+  0    done
+  1    failed, with a traceback (a full disk: one line)
+  2    bad configuration or input, one line `error: ...`
+  130  interrupted from the keyboard
+  143  preempted, after saving
+
+Nothing here imports jax before the flags are known to be right, so `--help`
+and refusals come at once.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict
+
+from common import config as config_lib
+from common import flags
+from common.errors import Preempted, UserError
+from common.logs import logging_to, one_line
+
+__all__ = ["Preempted", "UserError", "call", "make_workdir", "run"]
+
+COMPILE_CACHE = "~/.cache/tetrad/xla"
+
+
+def run(
+  main: Callable[[ConfigDict, str], Any],
+  *,
+  name: str,
+  description: str,
+  example: str,
+  argv: Sequence[str] | None = None,
+) -> NoReturn:
+  """Reads the command line, prepares the process, calls `main`, exits.
+
+  Args:
+    main: gets the locked configuration and the run's folder. Import jax and
+      whatever needs it inside, so that `--help` stays fast.
+    name: the project's package; `configs/{name}.py` is what `--help` shows
+      when no `--config` is given.
+    description: what the program does, for `--help`.
+    example: a command that works, for `--help`.
+    argv: the arguments; by default the process's own.
+  """
+  argv = sys.argv[1:] if argv is None else argv
+  parser = _make_parser(name, description, example)
+
+  def start() -> None:
+    args, rest = parser.parse_known_args(argv)
+    overrides = flags.group_overrides(rest, parser)
+    if args.help:
+      print(_help(parser, args.config, name), end="")
+      return
+    if args.config is None:
+      raise UserError(f"--config is missing; for example: {example}")
+    config, _ = flags.load_config_file(args.config)
+    for key, arguments in overrides.items():
+      config = flags.override(config, key, arguments)
+    if args.print_config:
+      print(config_lib.to_json(config), end="")
+      return
+    _check_distributed(args)
+    workdir = make_workdir(args.workdir or _default_workdir(args.config))
+    _start_jax(args, config)
+    with logging_to(workdir, own={"common", name, "__main__"}):
+      main(config, workdir)
+
+  _leave(call(start))
+
+
+def call(function: Callable[[], Any]) -> int:
+  """Calls `function` and returns the exit status that its end means."""
+  try:
+    function()
+  except UserError as error:
+    return _say(2, f"error: {one_line(error)}")
+  except Preempted as error:
+    return _say(143, one_line(error))
+  except KeyboardInterrupt:
+    return _say(130, "interrupted")
+  except Exception as error:
+    full = next(filter(_is_disk_full, _chain(error)), None)
+    if full is not None:
+      return _say(1, f"error: {one_line(full)}")
+    traceback.print_exc()
+    return 1
+  return 0
+
+
+def _say(status: int, line: str) -> int:
+  print(line, file=sys.stderr)
+  return status
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+  while error is not None:
+    yield error
+    error = error.__cause__ or error.__context__
+
+
+def _is_disk_full(error: BaseException) -> bool:
+  # The checkpoint's storage layer reports a full disk as a ValueError that
+  # holds the system's text, not as an OSError.
+  is_full = getattr(error, "errno", None) == errno.ENOSPC
+  return is_full or os.strerror(errno.ENOSPC) in str(error)
+
+
+def _leave(status: int) -> NoReturn:
+  """Exits; at once if this process fails while others wait for it."""
+  jax = sys.modules.get("jax")
+  if (
+    status not in (0, 143)
+    and jax is not None
+    and jax.distributed.is_initialized()
+  ):
+    # jax's exit handler waits for all processes, but they may be waiting in
+    # a collective for this one. Gone without a word, it takes them along.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def _make_parser(name: str, description: str, example: str) -> flags.Parser:
+  parser = flags.Parser(
+    f"{name}.main", description=description, example=example, add_help=False
+  )
+  add = parser.add_argument
+  add(
+    "-h",
+    "--help",
+    action="store_true",
+    help="show this page and the configuration's keys, then exit",
+  )
+  add(
+    "--config",
+    metavar="FILE[:VARIANT,…]",
+    help="a config file, relative to the working directory; "
+    "--config.KEY=VALUE sets one of its keys",
+  )
+  add(
+    "--workdir",
+    metavar="DIR",
+    help="the run's folder (default: runs/<config>[-<variant>]); "
+    "a folder that holds a run resumes it",
+  )
+  add(
+    "--print_config",
+    action="store_true",
+    help="print the resolved configuration as JSON, then exit",
+  )
+  add(
+    "--distributed",
+    action=argparse.BooleanOptionalAction,
+    help="several processes form one run (default: found out under SLURM "
+    "and on TPU pods that name their workers)",
+  )
+  add("--coordinator", metavar="HOST:PORT", help="process 0, if not found out")
+  add("--num_processes", type=int, metavar="N", help="with --coordinator")
+  add("--process_id", type=int, metavar="I", help="with --coordinator")
+  return parser
+
+
+def _help(parser: flags.Parser, config: str | None, name: str) -> str:
+  default = os.path.join("configs", f"{name}.py")
+  if config is None and os.path.exists(default):
+    config = default
+  keys = "" if config is None else flags.config_help(config)
+  return parser.format_help() + keys
+
+
+def _default_workdir(config: str) -> str:
+  path, variant = flags.split_config_argument(config)
+  name = os.path.splitext(os.path.basename(path))[0]
+  suffix = f"-{variant.replace(',', '-')}" if variant else ""
+  return os.path.join("runs", f"{name}{suffix}")
+
+
+def make_workdir(path: str) -> str:
+  """Makes a folder, checks that it can be written, returns it absolute.
+
+  Addresses such as `gs://bucket/run` come back as they are.
+
+  Raises:
+    UserError: it cannot be made or written.
+  """
+  from etils import epath
+
+  if "://" in path:
+    epath.Path(path).mkdir(parents=True, exist_ok=True)
+    return path
+  path = os.path.abspath(os.path.expanduser(path))
+  try:
+    os.makedirs(path, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path) as file:
+      file.write(b"0")
+  except OSError as error:
+    raise UserError(
+      f"cannot write to workdir {path!r}: {error.strerror}; "
+      "choose another --workdir"
+    ) from None
+  return path
+
+
+def _check_distributed(args: argparse.Namespace) -> None:
+  parts = {
+    "--coordinator": args.coordinator,
+    "--num_processes": args.num_processes,
+    "--process_id": args.process_id,
+  }
+  missing = [flag for flag, value in parts.items() if value is None]
+  if missing and len(missing) < len(parts):
+    raise UserError(f"{', '.join(parts)} go together: {missing[0]} is missing")
+  if not missing and not 0 <= args.process_id < args.num_processes:
+    raise UserError(
+      f"--process_id={args.process_id} must be at least 0 and less than "
+      f"--num_processes={args.num_processes}"
+    )
+  if not missing and args.distributed is False:
+    raise UserError("--coordinator contradicts --no-distributed")
+
+
+def _is_cluster() -> bool:
+  """Whether the environment says that this is one process of several.
+
+  A SLURM batch script that runs outside of `srun` has no step, and is alone.
+  """
+  env = os.environ
+  return (
+    int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+    or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    or "JAX_COORDINATOR_ADDRESS" in env
+  )
+
+
+def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
+  """Sets up the compilation cache and, if asked for, the other processes."""
+  import jax
+
+  # Libraries that read absl flags refuse to while these are unparsed.
+  if not absl_flags.FLAGS.is_parsed():
+    absl_flags.FLAGS.mark_as_parsed()
+  cache = config.get("compile_cache", COMPILE_CACHE)
+  if cache:
+    path = cache if "://" in cache else os.path.expanduser(cache)
+    jax.config.update("jax_compilation_cache_dir", path)
+    # The default of one second would leave out most of a small model.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  if args.coordinator is not None:
+    jax.distributed.initialize(
+      args.coordinator, args.num_processes, args.process_id
+    )
+  elif args.distributed or (args.distributed is None and _is_cluster()):
+    jax.distributed.initialize()

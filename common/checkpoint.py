@@ -1,0 +1,326 @@
+"""Checkpoints that survive anything: a composite of four items over Orbax.
+
+    checkpoints/<step>/params    the parameters alone
+    checkpoints/<step>/state     step, optimizer state, extra
+    checkpoints/<step>/data      the data position, JSON
+    checkpoints/<step>/host      what hooks keep on the host, JSON
+
+A step's folder gets its name by one rename, after everything is written: a
+process killed at any instant leaves a `*.orbax-checkpoint-tmp` folder, which
+nobody reads and the next run removes.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from common.errors import UserError
+from common.state import TrainState
+
+PyTree = Any
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+  """Has a small JSON-able state: a data iterator, a hook."""
+
+  def get_state(self) -> Any: ...
+
+  def set_state(self, state: Any) -> None: ...
+
+
+class Checkpointer:
+  """Saves and restores whole runs.
+
+  Args:
+    directory: where; made absolute (Orbax loses relative paths in its writer
+      thread), created if missing. `gs://` paths are taken as they are.
+    keep: how many of the newest steps stay.
+    best: also keep the step with the best value of this metric.
+    best_mode: "min" or "max".
+  """
+
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    keep: int = 2,
+    best: str | None = None,
+    best_mode: str = "min",
+  ):
+    if keep < 1:
+      raise UserError(f"checkpoint keep={keep}: keep at least 1")
+    if best_mode not in ("min", "max"):
+      raise UserError(f"checkpoint best_mode={best_mode!r}: use min or max")
+    self.directory = _absolute(directory)
+    self._best = best
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
+    ranked = None
+    if best is not None:
+      ranked = lambda metrics: metrics[best]  # noqa: E731
+      kept.append(
+        policies.BestN(
+          get_metric_fn=ranked,
+          reverse=best_mode == "min",
+          n=1,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=ranked,  # makes Orbax write the metrics down
+        best_mode=best_mode,
+        cleanup_tmp_directories=True,
+      ),
+    )
+
+  @property
+  def steps(self) -> list[int]:
+    """The steps that are there, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(
+    self,
+    step: int,
+    state: TrainState,
+    data: Stateful | None,
+    host: Mapping[str, Stateful] | None = None,
+    *,
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Starts saving; the write goes on in the background.
+
+    Args:
+      step: the checkpoint's name; must be new.
+      state: the state; its buffers may be donated as soon as this returns.
+      data: the iterator whose next batch is the first one not yet used.
+      host: named host-side objects, such as hooks.
+      metrics: values to rank checkpoints by.
+
+    Raises:
+      UserError: when the step exists.
+      OSError: when the disk is full, now or in an earlier background write.
+    """
+    if step in self.steps:
+      raise UserError(
+        f"checkpoint {step} exists in {self.directory} and is never "
+        "overwritten: choose another workdir"
+      )
+    rest = {
+      "step": state.step,
+      "opt_state": state.opt_state,
+      "extra": state.extra,
+    }
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(state.params),
+      state=ocp.args.StandardSave(rest),
+      data=ocp.args.JsonSave({} if data is None else data.get_state()),
+      host=ocp.args.JsonSave(
+        {name: obj.get_state() for name, obj in (host or {}).items()}
+      ),
+    )
+    ranked = None
+    if self._best is not None and metrics and self._best in metrics:
+      ranked = {self._best: float(metrics[self._best])}
+    with self._readable_errors():
+      self._manager.save(step, args=items, metrics=ranked)
+
+  def restore(
+    self,
+    abstract_state: TrainState,
+    data: Stateful | None,
+    host: Mapping[str, Stateful] | None = None,
+  ) -> TrainState | None:
+    """Restores the newest readable checkpoint.
+
+    A checkpoint that cannot be read is reported, and the one before it is
+    taken; once that one has been read, the broken one is moved to
+    `unreadable/` beside the checkpoints, so that its step can be saved anew.
+
+    Args:
+      abstract_state: `ShapeDtypeStruct`s with the shardings to restore to;
+        they need not be those of the run that saved.
+      data: gets the saved position.
+      host: get their saved states.
+
+    Returns:
+      The state, or None when there is no checkpoint at all.
+
+    Raises:
+      UserError: when there are checkpoints and none can be read.
+    """
+    failures: dict[int, Exception] = {}
+    for step in reversed(self.steps):
+      try:
+        state, position, saved = self._read(step, abstract_state)
+      except Exception as error:  # whatever a broken file makes a reader raise
+        failures[step] = error
+        log.warning(
+          "checkpoint %d cannot be read (%s); trying the one before it",
+          step,
+          _first_line(error),
+        )
+        continue
+      self._set_aside(failures)
+      if data is not None:
+        data.set_state(position)
+      for name, obj in (host or {}).items():
+        if name in saved:
+          obj.set_state(saved[name])
+      return state
+    if failures:
+      step, error = next(iter(failures.items()))
+      raise UserError(
+        f"none of the checkpoints {sorted(failures)} in {self.directory} can "
+        f"be read; step {step}: {_first_line(error)}"
+      )
+    return None
+
+  def _read(self, step: int, abstract: TrainState):
+    rest = {
+      "step": abstract.step,
+      "opt_state": abstract.opt_state,
+      "extra": abstract.extra,
+    }
+    read = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardRestore(abstract.params),
+        state=ocp.args.StandardRestore(rest),
+        data=ocp.args.JsonRestore(),
+        host=ocp.args.JsonRestore(),
+      ),
+    )
+    state = TrainState(params=read["params"], **read["state"])
+    if int(state.step) != step:
+      raise ValueError(f"folder {step} holds the state of step {state.step}")
+    return state, read["data"], read["host"]
+
+  def _set_aside(self, failures: Mapping[int, Exception]) -> None:
+    for step in failures:
+      if jax.process_index() == 0:
+        broken = epath.Path(self.directory) / str(step)
+        aside = epath.Path(f"{self.directory}.unreadable") / str(step)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        if aside.exists():
+          aside.rmtree()
+        broken.rename(aside)
+        log.warning("moved the broken checkpoint %d to %s", step, aside)
+    if failures:
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoints set aside")
+      self._manager.reload()
+
+  def reached_preemption(self, step: int) -> bool:
+    """Whether the cluster has announced that it will stop this job.
+
+    All processes get the same answer at the same step.
+    """
+    return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+  def wait(self) -> None:
+    """Returns once everything that was saved is on the disk."""
+    with self._readable_errors():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, then releases the writer threads."""
+    with self._readable_errors():
+      self._manager.close()
+
+  def _readable_errors(self):
+    return _DiskErrors(self.directory)
+
+
+class _DiskErrors:
+  """Turns a writer's errors about a full disk into one OSError."""
+
+  def __init__(self, directory: str):
+    self._directory = directory
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    if error is not None and (
+      getattr(error, "errno", None) == errno.ENOSPC
+      or "No space left on device" in str(error)
+    ):
+      raise OSError(
+        errno.ENOSPC,
+        "no space left while saving a checkpoint; free some and start again: "
+        "the checkpoints already there are whole",
+        self._directory,
+      ) from error
+    return False
+
+
+def load_params(
+  directory: str | os.PathLike,
+  abstract_params: PyTree | None = None,
+  *,
+  step: int | None = None,
+) -> tuple[int, PyTree]:
+  """Reads the parameters of a run, and nothing else.
+
+  Args:
+    directory: a `checkpoints` folder.
+    abstract_params: shapes and shardings to read into; NumPy arrays if None.
+    step: which checkpoint; the newest readable one if None.
+
+  Returns:
+    `(step, params)`.
+
+  Raises:
+    UserError: when the folder or the step is missing or unreadable.
+  """
+  path = _absolute(directory)
+  if not epath.Path(path).exists():
+    raise UserError(f"no checkpoints in {path}: train first")
+  steps = sorted(ocp.utils.checkpoint_steps(path), reverse=True)
+  if step is not None and step not in steps:
+    raise UserError(f"no checkpoint {step} in {path}: there are {steps[::-1]}")
+  reasons = []
+  for candidate in steps if step is None else [step]:
+    try:
+      return candidate, _read_params(
+        epath.Path(path) / str(candidate) / "params", abstract_params
+      )
+    except Exception as error:  # whatever a broken file makes a reader raise
+      reasons.append(f"step {candidate}: {_first_line(error)}")
+      log.warning("cannot read the parameters of %s", reasons[-1])
+  found = "; ".join(reasons) or "the folder is empty"
+  raise UserError(f"no readable checkpoint in {path}: {found}")
+
+
+def _read_params(path: epath.Path, abstract: PyTree | None) -> PyTree:
+  with ocp.PyTreeCheckpointer() as reader:
+    if abstract is None:
+      tree = reader.metadata(path).item_metadata.tree
+      args = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree
+      )
+      return reader.restore(path, restore_args=args)
+    args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return reader.restore(path, item=abstract, restore_args=args)
+
+
+def _absolute(directory: str | os.PathLike) -> str:
+  text = os.fspath(directory)
+  return text if "://" in text else os.path.abspath(text)
+
+
+def _first_line(error: BaseException) -> str:
+  text = str(error).strip() or type(error).__name__
+  return text.splitlines()[0][:200]

@@ -1,0 +1,328 @@
+"""Where text and records come from, chosen by a config.
+
+A source of text is anything with a `name` for errors, a `fingerprint` that
+changes when the text may, and documents (id, text) in a fixed order. Documents
+of blanks alone are left out.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import importlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from common.data import python_docs
+from common.errors import UserError
+
+KINDS = ("python_docs", "tfds", "array_record", "jsonl", "text")
+# Records read at once: one by one they come ten times slower.
+_READ = 256
+
+Documents = Iterator[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+  """Text outside this package.
+
+  Attributes:
+    name: what errors call it.
+    fingerprint: of names, sizes and dates of the files.
+    read: yields (id, text); ids say the place, such as `a.jsonl:7`.
+  """
+
+  name: str
+  fingerprint: str
+  read: Callable[[], Documents]
+
+  def __iter__(self) -> Documents:
+    """Yields (id, text).
+
+    Raises:
+      UserError: for what cannot be read, with its place; for no text at all.
+    """
+    empty = True
+    for place, text in self.read():
+      if text.strip():
+        empty = False
+        yield place, _encodable(text, place)
+    if empty:
+      raise UserError(f"{self.name} holds no text")
+
+
+def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
+  r"""A source of documents.
+
+  Args:
+    cfg: `kind`, and what that kind needs:
+      python_docs: nothing; Python's own documentation.
+      tfds: `name` of a TFDS data set, `split`, `text_key`, `data_dir`.
+      array_record: `path`; records are UTF-8 text if `text_key` is empty,
+        JSON objects with that key otherwise.
+      jsonl: `path`, `text_key`; one JSON object a line.
+      text: `path`; a file is one document if `separator` is empty; otherwise
+        the separator divides it (backslash escapes count: `\n\n`).
+      `path` is a file or a pattern with `*`, or a sequence of these.
+
+  Raises:
+    UserError: for an unknown kind, and for data that is missing.
+  """
+  if cfg.kind not in KINDS:
+    raise UserError(
+      f"data.source.kind={cfg.kind!r}: choose one of {', '.join(KINDS)}"
+    )
+  if cfg.kind == "python_docs":
+    return python_docs.PythonDocs()
+  if cfg.kind == "tfds":
+    return _tfds_text(cfg)
+  files = find_files(cfg.path)
+  if cfg.kind == "text":
+    detail = cfg.get("separator", "").encode().decode("unicode_escape")
+    read = lambda file: _text_documents(file, detail)  # noqa: E731
+  elif cfg.kind == "jsonl":
+    detail = _text_key(cfg)
+    read = lambda file: _json_lines(file, detail)  # noqa: E731
+  else:
+    detail = cfg.get("text_key", "")
+    read = lambda file: _array_records(file, detail)  # noqa: E731
+  return TextSource(
+    name=f"data.source.path={cfg.path!r}",
+    fingerprint=_fingerprint(files, cfg.kind, detail),
+    read=lambda: (document for file in files for document in read(file)),
+  )
+
+
+def record_source(cfg: Any) -> Sequence[Any]:
+  """Records of any kind with random access, such as grain takes.
+
+  Args:
+    cfg: `kind` tfds (`name`, `split`, `data_dir`; records are dicts) or
+      array_record (`path`; records are bytes).
+
+  Raises:
+    UserError: for another kind, and for data that is missing.
+  """
+  if cfg.kind == "tfds":
+    return _data_source(_tfds_builder(cfg), cfg.split)
+  if cfg.kind == "array_record":
+    return _open_array_record(find_files(cfg.path))
+  raise UserError(
+    f"data.source.kind={cfg.kind!r}: records come from tfds or array_record"
+  )
+
+
+def find_files(path: str | Sequence[str]) -> list[str]:
+  """The files that a pattern, or several, name; sorted for each.
+
+  Raises:
+    UserError: for a pattern that names none.
+  """
+  patterns = [path] if isinstance(path, str) else list(path)
+  if not any(patterns):
+    raise UserError("data.source.path is empty: name a file or a pattern")
+  files = []
+  for pattern in patterns:
+    full = os.path.expanduser(pattern)
+    # A name that exists may contain what would be a pattern.
+    found = [full] if os.path.isfile(full) else sorted(glob.glob(full))
+    found = [file for file in found if os.path.isfile(file)]
+    if not found:
+      raise UserError(
+        f"data.source.path={pattern!r}: no such file "
+        f"(looked from {os.getcwd()})"
+      )
+    files += found
+  return files
+
+
+def _fingerprint(files: Sequence[str], *details: str) -> str:
+  stats = [(os.path.abspath(file), os.stat(file)) for file in files]
+  content = [*details, [(f, s.st_size, s.st_mtime_ns) for f, s in stats]]
+  return hashlib.blake2b(
+    json.dumps(content).encode(), digest_size=16
+  ).hexdigest()
+
+
+def _text_key(cfg: Any) -> str:
+  key = cfg.get("text_key", "")
+  if not key:
+    raise UserError(
+      f"data.source.kind={cfg.kind!r} needs data.source.text_key: the key "
+      "that holds the text"
+    )
+  return key
+
+
+def _decode(data: bytes, place: str) -> str:
+  try:
+    return data.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"{place}: byte {error.start} is not UTF-8: convert the file"
+    ) from error
+
+
+def _encodable(text: str, place: str) -> str:
+  """The text; JSON may spell halves of characters that no UTF-8 has."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f"{place}: character {error.start} is a lone surrogate: remove it"
+    ) from error
+  return text
+
+
+def _text_of(data: bytes, key: str, place: str) -> str:
+  """The text under `key` of a JSON object."""
+  try:
+    record = json.loads(_decode(data, place))
+  except json.JSONDecodeError as error:
+    raise UserError(f"{place}: not JSON: {error}") from error
+  if not isinstance(record, dict):
+    raise UserError(f"{place}: not a JSON object")
+  return _value_of(record, key, place)
+
+
+def _value_of(record: dict, key: str, place: str) -> str:
+  if key not in record:
+    names = ", ".join(sorted(map(str, record))) or "none"
+    raise UserError(f"{place}: no key {key!r}; its keys: {names}")
+  value = record[key]
+  if isinstance(value, bytes):
+    return _decode(value, place)
+  if not isinstance(value, str):
+    raise UserError(f"{place}: {key!r} is no text but {type(value).__name__}")
+  return value
+
+
+def _text_documents(file: str, separator: str) -> Documents:
+  text = _decode(_read(file), file)
+  if not separator:
+    yield file, text
+    return
+  for i, part in enumerate(text.split(separator), 1):
+    yield f"{file}: document {i}", part
+
+
+def _read(file: str) -> bytes:
+  try:
+    return pathlib.Path(file).read_bytes()
+  except OSError as error:
+    raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _json_lines(file: str, key: str) -> Documents:
+  try:
+    with open(file, "rb") as lines:
+      for i, line in enumerate(lines, 1):
+        if line.strip():
+          place = f"{file}:{i}"
+          yield place, _text_of(line, key, place)
+  except OSError as error:
+    raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def _open_array_record(files: Sequence[str]) -> Any:
+  import grain
+
+  try:
+    source = grain.sources.ArrayRecordDataSource(list(files))
+    len(source)  # Opens the files.
+  except (RuntimeError, ValueError, OSError) as error:
+    raise UserError(
+      f"{files[0]}{' ...' if files[1:] else ''}: no ArrayRecord file: {error}"
+    ) from error
+  return source
+
+
+def _in_batches(source: Any) -> Iterator[Any]:
+  for start in range(0, len(source), _READ):
+    stop = min(start + _READ, len(source))
+    yield from source.__getitems__(list(range(start, stop)))
+
+
+def _array_records(file: str, key: str) -> Documents:
+  records = _in_batches(_open_array_record([file]))
+  for i, data in enumerate(records):
+    place = f"{file}: record {i}"
+    yield place, _text_of(data, key, place) if key else _decode(data, place)
+
+
+def _prepare_command(name: str, data_dir: str) -> str:
+  where = f", data_dir={data_dir!r}" if data_dir else ""
+  return (
+    'python -c "import tensorflow_datasets as tfds; '
+    f"tfds.builder({name!r}{where}, file_format='array_record')"
+    '.download_and_prepare()" (some data sets need '
+    "pip install 'tetrad-jax[prepare]')"
+  )
+
+
+def _tfds_builder(cfg: Any) -> Any:
+  """The builder of a prepared data set.
+
+  Raises:
+    UserError: when it is unknown, or not prepared: with the command.
+  """
+  name, data_dir = cfg.name, cfg.get("data_dir", "")
+  if not name:
+    raise UserError("data.source.kind='tfds' needs data.source.name")
+  directory = os.path.expanduser(data_dir) if data_dir else None
+  if name == python_docs.NAME:
+    return python_docs.builder(directory)
+  tfds = importlib.import_module("tensorflow_datasets")
+  try:
+    builder = tfds.builder(name, data_dir=directory)
+  except (ValueError, ImportError, OSError, AttributeError) as error:
+    reason = (str(error).splitlines() or [""])[0]
+    raise UserError(
+      f"data.source.name={name!r}: {reason} "
+      f"If TFDS knows it, prepare it: {_prepare_command(name, data_dir)}"
+    ) from error
+  if not builder.is_prepared():
+    raise UserError(
+      f"data set {name!r} is not prepared in {builder.data_dir}; prepare it: "
+      f"{_prepare_command(name, data_dir)}"
+    )
+  return builder
+
+
+def _data_source(builder: Any, split: str) -> Any:
+  try:
+    return builder.as_data_source(split=split)
+  except NotImplementedError as error:
+    raise UserError(
+      f"{builder.data_dir} was prepared as "
+      f"{builder.info.file_format.value}, which has no random access; "
+      "prepare it in another data.source.data_dir: "
+      f"{_prepare_command(builder.name, 'DIR')}"
+    ) from error
+  except (ValueError, KeyError) as error:
+    names = ", ".join(builder.info.splits) or "none"
+    raise UserError(
+      f"data.source.split={split!r}: {builder.name} has the splits {names}"
+    ) from error
+
+
+def _tfds_text(cfg: Any) -> TextSource:
+  key = _text_key(cfg)
+  builder = _tfds_builder(cfg)
+  source = _data_source(builder, cfg.split)
+
+  def read() -> Documents:
+    for i, record in enumerate(_in_batches(source)):
+      place = f"{cfg.name}[{cfg.split}]: record {i}"
+      yield place, _value_of(record, key, place)
+
+  folder = pathlib.Path(str(builder.data_dir))
+  files = sorted(str(file) for file in folder.iterdir() if file.is_file())
+  return TextSource(
+    name=f"data set {cfg.name!r}, split {cfg.split!r},",
+    fingerprint=_fingerprint(files, "tfds", cfg.split, key),
+    read=read,
+  )

@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend."""
+
+
+class UserError(ValueError):
+  """Bad input: one clear line that names the value and the remedy.
+
+  `common.app` prints it as `error: ...` without a traceback and exits with
+  status 2.
+  """
+
+
+class Preempted(Exception):
+  """The run saved its state and leaves; exit status 143."""

@@ -1,0 +1,293 @@
+"""What happens between two steps: logs, evaluation, checkpoints, profiles,
+the stop on a loss that is not finite, and preemption.
+"""
+
+import collections
+import hashlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.checkpoint import Checkpointer, Stateful
+from common.errors import Preempted
+from common.metrics import Mean, MetricWriter
+from common.progress import ProgressBar
+from common.state import TrainState
+from common.train import Every, StepInfo, is_due
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+  """Training met a value that is not finite; no checkpoint holds it."""
+
+
+class LogHook:
+  """Averages metrics over `interval` steps and writes them down.
+
+  Sums and counts are added up on the device, so that a mean over steps is a
+  mean over tokens, and the host waits for the device once an interval. The
+  open interval is host state: a resumed run logs what the straight one logs.
+
+  Args:
+    interval: steps between two lines.
+    writer: where the lines go, under `train/`.
+    progress: the terminal's bar or plain lines.
+    examples_per_step: for the rate, such as tokens in the global batch.
+    extra: further scalars for each line, such as the learning rate, from the
+      step.
+  """
+
+  every = 1
+
+  def __init__(
+    self,
+    interval: int,
+    writer: MetricWriter,
+    progress: ProgressBar,
+    *,
+    examples_per_step: int,
+    extra: Callable[[int], Mapping[str, float]] = lambda step: {},
+  ):
+    self._interval = interval
+    self._writer = writer
+    self._progress = progress
+    self._examples = examples_per_step
+    self._extra = extra
+    self._sums: dict[str, Mean] | None = None
+    self._since: tuple[float, int | None] = (time.monotonic(), None)
+    self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+
+  def __call__(self, info: StepInfo) -> None:
+    metrics = dict(info.metrics)
+    self._sums = (
+      metrics if self._sums is None else self._add(self._sums, metrics)
+    )
+    if not is_due(self._interval, info.step, last=info.last):
+      return
+    # Zero counts (an objective that no sample had) stay out of the line.
+    values = {
+      f"train/{name}": float(mean.total) / float(mean.count)
+      for name, mean in jax.device_get(self._sums).items()
+      if mean.count > 0
+    }
+    self._sums = None
+    start, first = self._since
+    self._since = (time.monotonic(), info.step)
+    seconds = self._since[0] - start
+    if first is not None and seconds > 0:
+      steps = (info.step - first) / seconds
+      values["speed/steps_per_second"] = steps
+      values["speed/tokens_per_second"] = steps * self._examples
+    values.update(self._extra(info.step))
+    self._writer.write(info.step, values)
+    self._progress.update(info.step, values)
+
+  def get_state(self) -> dict[str, list[float]]:
+    sums = jax.device_get(self._sums or {})
+    return {
+      name: [float(mean.total), float(mean.count)]
+      for name, mean in sums.items()
+    }
+
+  def set_state(self, state: Mapping[str, Sequence[float]]) -> None:
+    self._sums = {
+      name: Mean(jnp.float32(total), jnp.float32(count))
+      for name, (total, count) in state.items()
+    } or None
+
+
+class EvaluateHook:
+  """Calls `evaluate(state)` and writes what it returns.
+
+  Args:
+    every: when.
+    evaluate: returns scalars.
+    writer: where they go, under their own names.
+  """
+
+  def __init__(
+    self,
+    every: Every,
+    evaluate: Callable[[TrainState], Mapping[str, float]],
+    writer: MetricWriter,
+  ):
+    self.every = every
+    self.latest: dict[str, float] = {}
+    self._evaluate = evaluate
+    self._writer = writer
+
+  def __call__(self, info: StepInfo) -> None:
+    self.latest = dict(self._evaluate(info.state))
+    self._writer.write(info.step, self.latest)
+
+  def get_state(self) -> dict[str, float]:
+    return self.latest
+
+  def set_state(self, state: Mapping[str, float]) -> None:
+    self.latest = dict(state)
+
+
+class StopOnNonFinite:
+  """Raises when a metric is not finite, naming step, metric and batch.
+
+  Looks at a step's metrics `lag` steps later, when they are there anyway, so
+  that the host never waits for the device; `flush` looks at all of them, and
+  `CheckpointHook` calls it before it saves. This also bounds how far the host
+  runs ahead.
+  """
+
+  every = 1
+
+  def __init__(self, *, lag: int = 2):
+    self._lag = lag
+    self._pending: collections.deque = collections.deque()
+    self._is_finite = jax.jit(
+      lambda metrics: jnp.all(
+        jnp.stack([jnp.isfinite(m.total) for m in metrics.values()])
+      )
+    )
+
+  def __call__(self, info: StepInfo) -> None:
+    finite = self._is_finite(dict(info.metrics))
+    self._pending.append((finite, info.step, info.metrics, info.batch))
+    while len(self._pending) > (0 if info.last else self._lag):
+      self._check(*self._pending.popleft())
+
+  def flush(self) -> None:
+    """Checks every step seen so far."""
+    while self._pending:
+      self._check(*self._pending.popleft())
+
+  def _check(self, finite, step: int, metrics, batch) -> None:
+    if bool(finite):
+      return
+    values = {k: float(m.total) for k, m in jax.device_get(metrics).items()}
+    bad = {k: v for k, v in values.items() if not np.isfinite(v)}
+    names = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    raise NonFiniteError(
+      f"step {step}: {names}; batch {fingerprint(batch)}; the checkpoints "
+      "hold no state after the one before this step"
+    )
+
+
+def fingerprint(batch: Any) -> str:
+  """A hash of this process's part of a batch, the same on every run."""
+  digest = hashlib.blake2b(digest_size=8)
+  for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+    digest.update(jax.tree_util.keystr(path).encode())
+    shards = (
+      {str(s.index): s.data for s in leaf.addressable_shards}
+      if isinstance(leaf, jax.Array)
+      else {"": leaf}
+    )
+    for index in sorted(shards):
+      digest.update(np.ascontiguousarray(shards[index]).tobytes())
+  return digest.hexdigest()
+
+
+class CheckpointHook:
+  """Saves the state, the data position and the hooks' host state.
+
+  Args:
+    every: when; the last step counts as well.
+    checkpointer: where.
+    host: named objects to save with it.
+    guard: asked first, so that no bad state is ever saved.
+    metrics: values to rank the checkpoint by.
+  """
+
+  def __init__(
+    self,
+    every: Every,
+    checkpointer: Checkpointer,
+    *,
+    host: Mapping[str, Stateful],
+    guard: StopOnNonFinite | None = None,
+    metrics: Callable[[], Mapping[str, float]] = dict,
+  ):
+    self.every = every
+    self.checkpointer = checkpointer
+    self._host = host
+    self._guard = guard
+    self._metrics = metrics
+    self._saved: int | None = None
+
+  def __call__(self, info: StepInfo) -> None:
+    if info.step == self._saved:
+      return
+    if self._guard is not None:
+      self._guard.flush()
+    self.checkpointer.save(
+      info.step,
+      info.state,
+      info.data,  # type: ignore[arg-type]
+      self._host,
+      metrics=self._metrics(),
+    )
+    self._saved = info.step
+
+
+class PreemptionHook:
+  """Saves and leaves when the machine is about to be taken away.
+
+  One process: SIGTERM sets a flag, looked at after every step. Several: the
+  coordination service tells all of them at the same step. Use as a context
+  manager, so that the earlier signal handler comes back.
+  """
+
+  every = 1
+
+  def __init__(self, checkpoint: CheckpointHook):
+    self._checkpoint = checkpoint
+    self._flag = False
+    self._previous: Any = None
+
+  def __enter__(self) -> "PreemptionHook":
+    if jax.process_count() == 1:
+      self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+    return self
+
+  def __exit__(self, *_) -> None:
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, self._previous or signal.SIG_DFL)
+
+  def _on_signal(self, *_) -> None:
+    self._flag = True
+
+  def __call__(self, info: StepInfo) -> None:
+    checkpointer = self._checkpoint.checkpointer
+    if not (self._flag or checkpointer.reached_preemption(info.step)):
+      return
+    self._checkpoint(info)
+    checkpointer.wait()
+    raise Preempted(f"preempted: saved step {info.step}")
+
+
+class ProfileHook:
+  """Traces `count` steps after step `start` for TensorBoard or Perfetto."""
+
+  every = 1
+
+  def __init__(self, directory: str, *, start: int, count: int):
+    self._directory = directory
+    self._start = start
+    self._stop = start + count
+    self._tracing = False
+
+  def __call__(self, info: StepInfo) -> None:
+    if info.step == self._start and not info.last:
+      jax.block_until_ready(info.state.step)
+      jax.profiler.start_trace(self._directory)
+      self._tracing = True
+    elif self._tracing and (info.step >= self._stop or info.last):
+      jax.block_until_ready(info.state.step)
+      jax.profiler.stop_trace()
+      self._tracing = False
+      log.info("profile of steps up to %d: %s", info.step, self._directory)

@@ -1,0 +1,68 @@
+"""Where a run's log lines go."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+from common.errors import Preempted, UserError
+
+log = logging.getLogger(__name__)
+
+
+def one_line(error: BaseException) -> str:
+  """Returns an error's text without line breaks."""
+  return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
+  """Logs to the terminal and, in process 0, to the run's `run.log`.
+
+  Args:
+    workdir: where `run.log` goes, unless it is an address.
+    own: packages whose INFO lines count; of all others, warnings do.
+  """
+  import jax
+
+  first = jax.process_index() == 0
+  handlers: list[logging.Handler] = [logging.StreamHandler()]
+  handlers[0].setLevel(logging.INFO if first else logging.WARNING)
+  handlers[0].setFormatter(logging.Formatter("%(message)s"))
+  if first and "://" not in workdir:
+    handlers.append(logging.FileHandler(os.path.join(workdir, "run.log")))
+    handlers[1].setFormatter(
+      logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    )
+  root = logging.getLogger()
+  level = root.level
+  root.setLevel(logging.INFO)
+  for handler in handlers:
+    handler.addFilter(
+      lambda record: (
+        record.levelno >= logging.WARNING or record.name.split(".")[0] in own
+      )
+    )
+    root.addHandler(handler)
+  try:
+    yield
+  except BaseException as error:
+    expected = isinstance(error, UserError | Preempted | KeyboardInterrupt)
+    record = log.makeRecord(
+      log.name,
+      logging.WARNING if expected else logging.ERROR,
+      __file__,
+      0,
+      f"the run ends: {type(error).__name__}: {one_line(error)}",
+      (),
+      None if expected else sys.exc_info(),
+    )
+    for handler in handlers[1:]:  # the terminal gets it from `call`
+      handler.handle(record)
+    raise
+  finally:
+    root.setLevel(level)
+    for handler in handlers:
+      root.removeHandler(handler)
+      handler.close()

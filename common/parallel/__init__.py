@@ -1,0 +1,25 @@
+"""Arrays and meshes: the linear recurrence, meshes, sharding rules."""
+
+from typing import Any
+
+_EXPORTS = {
+  "linear_scan": "common.parallel.scan",
+  "make_mesh": "common.parallel.mesh",
+  "batch_sharding": "common.parallel.mesh",
+  "replicated": "common.parallel.mesh",
+  "on_device": "common.parallel.mesh",
+  "to_host": "common.parallel.mesh",
+  "bytes_per_device": "common.parallel.mesh",
+  "startup_report": "common.parallel.mesh",
+  "shardings": "common.parallel.rules",
+  "init_sharded": "common.parallel.rules",
+}
+__all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _EXPORTS:
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,116 @@
+"""Meshes with the axes data, fsdp, model and seq, and what stands on them."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from common.errors import UserError
+
+AXES = ("data", "fsdp", "model", "seq")
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
+  """Makes a mesh over all devices.
+
+  Args:
+    sizes: devices along each of `AXES`; a missing axis has 1, and at most one
+      may be -1: it takes what the others leave.
+
+  Returns:
+    A mesh whose axes are all there, of type Auto: the compiler places what
+    nothing constrains.
+
+  Raises:
+    UserError: for an unknown axis or sizes that do not fit the devices.
+  """
+  sizes = dict(sizes or {"data": -1})
+  unknown = [name for name in sizes if name not in AXES]
+  if unknown:
+    raise UserError(f"mesh axis {unknown[0]!r} is not one of {AXES}")
+  wanted = [int(sizes.get(name, 1)) for name in AXES]
+  count = jax.device_count()
+  shown = ", ".join(f"{n}={s}" for n, s in zip(AXES, wanted))
+  if any(size == 0 or size < -1 for size in wanted) or wanted.count(-1) > 1:
+    raise UserError(
+      f"mesh {shown}: give positive sizes, and -1 for at most one axis"
+    )
+  rest = math.prod(size for size in wanted if size > 0)
+  if -1 in wanted and count % rest == 0:
+    wanted[wanted.index(-1)] = count // rest
+  if math.prod(wanted) != count:
+    raise UserError(
+      f"mesh {shown} does not fit the {count} devices: the sizes must multiply "
+      f"to {count}, or -1 must stand for one axis and the others divide it"
+    )
+  return jax.make_mesh(
+    tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+  )
+
+
+def batch_sharding(mesh: Mesh, *, seq: bool = False) -> NamedSharding:
+  """Batches [B, T, ...]: rows over data and fsdp, time over seq if asked."""
+  return NamedSharding(mesh, jax.P(("data", "fsdp"), "seq" if seq else None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same array on every device."""
+  return NamedSharding(mesh, jax.P())
+
+
+def startup_report(mesh: Mesh, state: Any, *, global_batch: int) -> str:
+  """Says what is about to run, in a few lines.
+
+  Args:
+    mesh: the mesh.
+    state: a tree of arrays (or abstract ones with shardings) that may have
+      `params`, such as a `TrainState`.
+    global_batch: rows of a batch over all processes.
+  """
+  device = mesh.devices.flat[0]
+  params = getattr(state, "params", state)
+  shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items())
+  parameters = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+  shards = mesh.shape["data"] * mesh.shape["fsdp"]
+  return "\n".join(
+    [
+      f"processes   {jax.process_count()}",
+      f"devices     {jax.device_count()} ({device.device_kind})",
+      f"mesh        {shape}",
+      f"batch       {global_batch} rows, {global_batch / shards:g} a shard",
+      f"parameters  {parameters:,}",
+      f"state       {bytes_per_device(state) / 2**20:.2f} MiB a device",
+    ]
+  )
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Bytes that one device holds of a tree of sharded arrays."""
+  total = 0
+  for leaf in jax.tree.leaves(tree):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    total += math.prod(shape) * leaf.dtype.itemsize
+  return total
+
+
+def on_device(device: jax.Device) -> Any:
+  """A context in which jit runs on one device of this process.
+
+  Inside `jax.set_mesh` of a larger mesh, jit would run on all of that.
+  """
+  devices = np.array([device]).reshape((1,) * len(AXES))
+  return jax.set_mesh(
+    Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  )
+
+
+def to_host(tree: Any) -> Any:
+  """NumPy copies on every process, of arrays that may be spread over all."""
+  if jax.process_count() == 1:
+    return jax.tree.map(np.asarray, jax.device_get(tree))
+  from jax.experimental import multihost_utils
+
+  return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,0 +1,110 @@
+"""The one loop. A project brings a step, an iterator and hooks."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+
+from common.metrics import Mean
+from common.state import TrainState
+from common.step import StepFn
+
+Every = int | Callable[[int], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepInfo:
+  """What a hook sees.
+
+  Attributes:
+    step: updates done so far.
+    state: the state after that update.
+    metrics: the step's metrics, still on the device.
+    data: the iterator that `train` was given.
+    batch: the batch of this step, on the device.
+    last: whether this is the run's last step.
+  """
+
+  step: int
+  state: TrainState
+  metrics: Mapping[str, Mean]
+  data: Iterator
+  batch: Any = None
+  last: bool = False
+
+
+@runtime_checkable
+class Hook(Protocol):
+  """A side effect between two steps.
+
+  `every` says when: a number of steps (the last step counts as well), or a
+  predicate of the step. A hook may return a state: the loop goes on with it.
+  """
+
+  @property
+  def every(self) -> Every: ...
+
+  def __call__(self, info: StepInfo) -> TrainState | None: ...
+
+
+def is_due(every: Every, step: int, *, last: bool) -> bool:
+  """Whether a hook with this `every` runs after `step`."""
+  if callable(every):
+    return every(step)
+  return every > 0 and (step % every == 0 or last)
+
+
+def train(
+  state: TrainState,
+  step_fn: StepFn,
+  data: Iterator,
+  *,
+  num_steps: int,
+  hooks: Sequence[Hook] = (),
+  mesh: jax.sharding.Mesh | None = None,
+) -> TrainState:
+  """Runs `step_fn` until `state.step == num_steps`.
+
+  The order is a contract: pull a batch, step, then the hooks in the order
+  given (evaluation before checkpoints), and only then the next batch. So a
+  state and a data position that are saved together always agree.
+
+  Re-entrant: it starts from `state.step`, keeps nothing, and may be called
+  again with another step function, as multi-stage methods do.
+
+  Args:
+    state: where to start; its buffers are donated to the first step.
+    step_fn: see `common.step.make_train_step`.
+    data: an iterator of device batches.
+    num_steps: the step to stop at, counted from the state's creation.
+    hooks: run in order after every step they are due at.
+    mesh: made current while the loop runs.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    StopIteration: never; data that ends early ends the loop with an error
+      that names the step.
+  """
+  step = int(state.step)
+  context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+  with context:
+    while step < num_steps:
+      try:
+        batch = next(data)
+      except StopIteration as end:
+        raise RuntimeError(
+          f"the data ended before step {step + 1} of {num_steps}; "
+          "repeat the source or lower num_steps"
+        ) from end
+      state, metrics = step_fn(state, batch)
+      step += 1
+      last = step >= num_steps
+      for hook in hooks:
+        if is_due(hook.every, step, last=last):
+          info = StepInfo(step, state, metrics, data, batch, last)
+          state = hook(info) or state
+  return state

@@ -1,0 +1,135 @@
+"""A run's folder: its configuration, metrics, facts and checkpoints."""
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+
+from common import config as config_lib
+from common.checkpoint import Checkpointer, Stateful
+from common.errors import UserError
+from common.metrics import MetricWriter
+from common.state import TrainState
+
+log = logging.getLogger(__name__)
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Workdir:
+  """Opens a run's folder for a configuration: a new run, or the same again.
+
+  Args:
+    path: the folder; made if missing.
+    config: the resolved configuration. A folder that holds another one is
+      refused, with the keys that differ.
+    free: keys that may change on resume (logging, number of workers, ...).
+    facts: what the report should state besides configuration and versions.
+      Facts named in `pinned` must not change either.
+    pinned: such facts, for example the hash of the training text.
+    keep: how many of the newest checkpoints stay.
+    best: a metric whose best checkpoint stays as well.
+    tensorboard: also write TensorBoard events.
+  """
+
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    config: Any,
+    *,
+    free: tuple[str, ...] = (),
+    facts: Mapping[str, Any] | None = None,
+    pinned: tuple[str, ...] = (),
+    keep: int = 2,
+    best: str | None = None,
+    tensorboard: bool = False,
+  ):
+    self.path = epath.Path(path)
+    self.path.mkdir(parents=True, exist_ok=True)
+    is_writer = jax.process_index() == 0
+    config_lib.check_resume(self.path, config, free=free)
+    facts = _with_versions(facts or {})
+    self._check_facts(facts, pinned)
+    if is_writer:
+      config_lib.save_config(self.path, config)
+      write_json(self.path / "facts.json", facts)
+    self.writer = MetricWriter(
+      self.path, tensorboard=tensorboard, is_writer=is_writer
+    )
+    self.checkpointer = Checkpointer(
+      self.path / "checkpoints", keep=keep, best=best
+    )
+
+  def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):
+    file = self.path / "facts.json"
+    if not file.exists():
+      return
+    try:
+      saved = json.loads(file.read_text())
+    except json.JSONDecodeError:  # never half-written by us: somebody's edit
+      raise UserError(f"{file} is not JSON; delete it to go on") from None
+    for name in pinned:
+      if name in saved and saved[name] != facts[name]:
+        raise UserError(
+          f"{name} is {facts[name]}, but the run in {self.path} was made with "
+          f"{saved[name]}: restore it or choose another --workdir"
+        )
+
+  def resume(
+    self,
+    create: Callable[[], TrainState],
+    abstract: TrainState,
+    data: Stateful | None,
+    host: Mapping[str, Stateful],
+  ) -> TrainState:
+    """Returns the newest saved state, or a new one.
+
+    Metric lines from after that state belong to a future that will be lived
+    again: they are dropped.
+
+    Args:
+      create: makes the state of step 0, sharded.
+      abstract: its shapes, dtypes and shardings.
+      data: gets the saved position.
+      host: get their saved states.
+    """
+    state = self.checkpointer.restore(abstract, data, host)
+    step = 0 if state is None else int(state.step)
+    if jax.process_index() == 0:
+      self.writer.truncate(step)
+    if state is None:
+      return create()
+    log.info("resumed %s at step %d", self.path, step)
+    return state
+
+  def close(self) -> None:
+    """Waits for the checkpoints to be written and closes the files."""
+    self.checkpointer.close()
+    self.writer.close()
+
+
+def write_json(path: epath.Path, content: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the new one."""
+  new = path.with_name(f"{path.name}.new")
+  new.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+  new.replace(path)
+
+
+def _with_versions(facts: Mapping[str, Any]) -> dict[str, Any]:
+  device = jax.devices()[0]
+  return {
+    "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+    "command": " ".join(sys.argv),
+    "python": platform.python_version(),
+    "versions": {name: metadata.version(name) for name in PACKAGES},
+    "devices": f"{jax.device_count()} x {device.device_kind}",
+    "processes": jax.process_count(),
+    **facts,
+  }

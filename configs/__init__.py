@@ -1,0 +1,1 @@
+"""Configurations: plain data, read top to bottom."""

@@ -1,0 +1,187 @@
+"""Birdie: a Gated SSM under the reward-driven mixture.
+
+Variants, to be combined with commas (`configs/birdie.py:smoke,uniform`):
+
+  (none)      Python's own documentation, byte tokens; minutes on a laptop
+  smoke       the same code path in less than a minute
+  paper       the published settings: 1.3 B parameters, 2048 x 520 tokens
+  uniform     all objectives, the mixture held fixed
+  ul2         UL2's seven denoisers, fixed
+  ul2_decoder UL2 for decoders, fixed
+  ntp         next-token prediction alone
+  causal      no bidirectional layers
+"""
+
+from ml_collections import ConfigDict
+
+from common.config import apply_variants
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+  """Returns the configuration; `arg` names variants."""
+  config = ConfigDict()
+  config.seed = 0
+  config.num_steps = 800
+  config.accum = 1  # micro-batches a step
+  config.compile_cache = "~/.cache/tetrad/xla"  # "" switches it off
+
+  # Devices along each axis; -1 takes what is left.
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1, "seq": 1})
+
+  config.tokenizer = ConfigDict()
+  config.tokenizer.kind = "byte"  # byte | sentencepiece | huggingface
+  config.tokenizer.path = ""  # the tokenizer's file, for the last two
+
+  config.data = ConfigDict()
+  config.data.source = ConfigDict()
+  # python_docs | tfds | array_record | jsonl | text
+  config.data.source.kind = "python_docs"
+  config.data.source.name = ""  # TFDS name
+  config.data.source.split = "train"  # TFDS split
+  config.data.source.path = ""  # files, or a pattern
+  config.data.source.text_key = "text"
+  config.data.source.separator = ""  # text files: what divides documents
+  config.data.source.data_dir = ""  # TFDS; "" is TFDS's own default
+  config.data.cache_dir = "~/.cache/tetrad/tokens"  # "" keeps tokens in memory
+  config.data.sequence_length = 512
+  config.data.batch_size = 8
+  config.data.pack_rows = 4  # rows packed together; divides a process's batch
+  config.data.workers = 0  # processes that make batches; 0: one thread
+  config.data.prefetch = 2
+  config.data.mixture_change = "regenerate"  # or "schedule"
+
+  config.mixture = ConfigDict()
+  # birdie | birdie_uniform | ul2 | ul2_decoder | ntp
+  config.mixture.preset = "birdie"
+  config.mixture.grid = "small"  # small | paper: which configurations
+  config.mixture.paradigm_append_prob = 0.5
+
+  config.model = ConfigDict()
+  config.model.name = "gated_ssm"
+  config.model.width = 192
+  config.model.state = 256
+  config.model.layers = 6
+  config.model.bidirectional = "alternate"  # none | alternate | all
+  config.model.prefix_mode = "strict"  # strict | paper
+  config.model.forget_bias = "fixed"  # learned | fixed | none
+  config.model.tie_embeddings = True
+  config.model.dtype = "float32"  # of the computation; parameters are float32
+  config.model.remat = False
+  config.model.scan_impl = "auto"
+  config.model.seq_axis = ""  # "seq" shards time over that mesh axis
+
+  config.optim = ConfigDict()
+  config.optim.name = "adamw"
+  config.optim.lr = 3e-3
+  config.optim.schedule = "cosine"
+  config.optim.warmup_steps = 50
+  config.optim.final_ratio = 0.1
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.95
+  config.optim.weight_decay = 0.1
+  config.optim.clip_norm = 1.0
+
+  config.controller = ConfigDict()
+  config.controller.enabled = True
+  # Steps between evaluations; "paper" is 10, 50, 250, 500, 1000, 1500, 2000
+  # and every 1000 from there.
+  config.controller.schedule = "80"
+  config.controller.warmup_end = 80  # the mixture stays uniform until then
+  config.controller.hidden = 64
+  config.controller.layers = 4
+  config.controller.fit_steps = 200
+  config.controller.num_candidates = 2048
+  config.controller.top_k = 8
+  config.controller.proposal = "mixed"  # mixed | uniform
+  config.controller.min_prob = 0.005
+  config.controller.max_prob = 1.0
+
+  config.evaluation = ConfigDict()
+  config.evaluation.rows = 4  # packed rows of held-out text a configuration
+  config.evaluation.batch_size = 8
+
+  config.retrieval = ConfigDict()
+  config.retrieval.every = 400
+  config.retrieval.books = 16
+  config.retrieval.entries = 8
+  config.retrieval.lookups = 2
+
+  config.log = ConfigDict({"every": 10, "tensorboard": False})
+  config.checkpoint = ConfigDict({"every": 100, "keep": 2, "keep_best": True})
+  config.profile = ConfigDict({"start": 20, "count": 0})  # 0 steps: none
+
+  return apply_variants(config, arg, VARIANTS)
+
+
+def smoke(config: ConfigDict) -> None:
+  """The same code path in less than a minute."""
+  config.num_steps = 12
+  config.data.sequence_length = 128
+  config.data.batch_size = 8
+  config.model.update({"width": 32, "state": 32, "layers": 2})
+  config.controller.update(
+    {"schedule": "4", "warmup_end": 4, "hidden": 16, "fit_steps": 20}
+  )
+  config.controller.num_candidates = 128
+  config.evaluation.rows = 1
+  config.retrieval.update({"every": 12, "books": 4, "entries": 2, "lookups": 1})
+  config.log.every = 2
+  config.checkpoint.every = 4
+  config.optim.warmup_steps = 4
+
+
+def paper(config: ConfigDict) -> None:
+  """Section 4.1 and appendix A.11 of the paper; the Pile is yours to bring.
+
+  Not stated there, and therefore ours: tied embeddings, the forget gates'
+  initial values, the learning rate's floor, everything about exploration.
+  """
+  config.num_steps = 32_000
+  config.tokenizer.kind = "sentencepiece"
+  config.tokenizer.path = "tokenizer.model"  # a vocabulary of 32,000
+  config.data.source.kind = "array_record"
+  config.data.source.path = "pile/*.array_record"
+  config.data.sequence_length = 2048
+  config.data.batch_size = 520
+  config.data.workers = 8
+  config.mixture.grid = "paper"
+  config.model.update({"width": 2048, "state": 2560, "layers": 48})
+  config.model.update(
+    {"dtype": "bfloat16", "remat": True, "prefix_mode": "paper"}
+  )
+  config.optim.lr = 1e-3
+  config.optim.warmup_steps = 320
+  config.controller.update(
+    {"schedule": "paper", "warmup_end": 250, "hidden": 256}
+  )
+  config.controller.update({"proposal": "uniform", "min_prob": 0.0})
+  config.evaluation.batch_size = 520
+  config.retrieval.update(
+    {"every": 8000, "books": 1024, "entries": 50, "lookups": 4}
+  )
+  config.log.every = 20
+  config.checkpoint.every = 1000
+
+
+def _fixed(preset: str):
+  def variant(config: ConfigDict) -> None:
+    config.mixture.preset = preset
+    config.controller.enabled = False
+
+  return variant
+
+
+def causal(config: ConfigDict) -> None:
+  """The ablation `Birdie - Causal`."""
+  config.model.bidirectional = "none"
+
+
+VARIANTS = {
+  "smoke": smoke,
+  "paper": paper,
+  "uniform": _fixed("birdie_uniform"),
+  "ul2": _fixed("ul2"),
+  "ul2_decoder": _fixed("ul2_decoder"),
+  "ntp": _fixed("ntp"),
+  "causal": causal,
+}

@@ -1,0 +1,226 @@
+"""A run killed at any moment and started again equals the straight one."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from common.checkpoint import Checkpointer, load_params
+from configs.birdie import get_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+# What depends on the clock, not on the run.
+CLOCK = ("time", "seconds", "speed/")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+  """All runs here have the same shapes: one compiles, the others read."""
+  settings = {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+  config = get_config("smoke")
+  config.num_steps = 6
+  config.data.sequence_length = 64
+  config.data.cache_dir = str(tmp_path_factory.mktemp("tokens"))
+  config.compile_cache = ""
+  config.controller.schedule = "2"
+  config.controller.warmup_end = 2
+  config.controller.num_candidates = 32
+  config.controller.fit_steps = 3
+  config.retrieval.every = 3
+  config.checkpoint.every = 2
+  config.checkpoint.keep = 9
+  config.log.every = 4
+  return config
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+  from birdie.train import train_and_evaluate
+
+  workdir = tmp_path_factory.mktemp("straight")
+  train_and_evaluate(config, str(workdir))
+  return workdir
+
+
+def metrics(workdir):
+  """Every line but what the clock wrote, by step."""
+  lines = {}
+  for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().split("\n"):
+    if line:
+      values = json.loads(line)
+      kept = {k: v for k, v in values.items() if not k.startswith(CLOCK)}
+      lines.setdefault(kept.pop("step"), {}).update(kept)
+  return lines
+
+
+def assert_same_run(a, b):
+  step_a, params_a = load_params(a / "checkpoints")
+  step_b, params_b = load_params(b / "checkpoints")
+  assert step_a == step_b
+  chex.assert_trees_all_equal(params_a, params_b)
+  for item in ("data", "host"):
+    read = [
+      (w / "checkpoints" / str(step_a) / item / "metadata").read_text()
+      for w in (a, b)
+    ]
+    assert json.loads(read[0]) == json.loads(read[1])
+  assert metrics(a) == metrics(b)
+
+
+class Killed(BaseException):
+  """Nothing catches it, as nothing catches kill -9."""
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_killed_after_any_step(config, straight, tmp_path, step, monkeypatch):
+  from birdie import train as train_lib
+
+  real_train = train_lib.train
+
+  def killed_at(step):
+    def die(info):
+      raise Killed
+
+    die.every = {step}.__contains__
+
+    def train(*args, hooks, **kwargs):
+      return real_train(*args, hooks=[*hooks, die], **kwargs)
+
+    return train
+
+  monkeypatch.setattr(train_lib, "train", killed_at(step))
+  with pytest.raises(Killed):
+    train_lib.train_and_evaluate(config, str(tmp_path))
+  monkeypatch.setattr(train_lib, "train", real_train)
+  train_lib.train_and_evaluate(config, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["evaluation", "saving"])
+def test_killed_inside(config, straight, tmp_path, part, monkeypatch):
+  from birdie import evaluate
+  from birdie import train as train_lib
+
+  calls = []
+  target, name = {
+    "evaluation": (evaluate.Evaluator, "__call__"),
+    "saving": (Checkpointer, "save"),
+  }[part]
+  real = getattr(target, name)
+
+  def dies_once(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+      raise Killed
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(target, name, dies_once)
+  with pytest.raises(Killed):
+    train_lib.train_and_evaluate(config, str(tmp_path))
+  train_lib.train_and_evaluate(config, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+def test_a_finished_run_changes_nothing(config, straight):
+  from birdie.train import train_and_evaluate
+
+  before = metrics(straight)
+  train_and_evaluate(config, str(straight))
+  assert metrics(straight) == before
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(config, straight, tmp_path, workers):
+  from birdie.train import train_and_evaluate
+
+  changed = config.copy_and_resolve_references()
+  changed.data.workers = workers
+  changed.num_steps = config.num_steps
+  train_and_evaluate(changed, str(tmp_path))
+  assert_same_run(straight, tmp_path)
+
+
+def test_one_device_equals_eight(config, straight, tmp_path):
+  """To rounding: sums are taken in another order."""
+  from birdie.train import train_and_evaluate
+
+  changed = config.copy_and_resolve_references()
+  changed.mesh.update({"data": 1, "fsdp": 2, "model": 4})
+  train_and_evaluate(changed, str(tmp_path))
+  ours, theirs = metrics(straight), metrics(tmp_path)
+  assert ours.keys() == theirs.keys()
+  for step, line in ours.items():
+    np.testing.assert_allclose(
+      theirs[step]["train/loss"] if "train/loss" in line else 0,
+      line.get("train/loss", 0),
+      rtol=1e-5,
+    )
+
+
+def start(workdir, cache):
+  command = [
+    sys.executable, "-m", "birdie.main", "--config=configs/birdie.py:smoke",
+    f"--workdir={workdir}", "--config.checkpoint.every=1",
+    f"--config.compile_cache={cache}/xla",
+    f"--config.data.cache_dir={cache}/tokens",
+    "--config.data.sequence_length=64",
+  ]  # fmt: skip
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def test_kill_minus_nine_at_random_moments(tmp_path):
+  """Two runs of the command, one of them killed again and again."""
+  straight, killed = tmp_path / "straight", tmp_path / "killed"
+  run = start(straight, tmp_path)
+  _, errors = run.communicate(timeout=300)
+  assert run.returncode == 0, errors
+  moments = random.Random(0)
+  for _ in range(3):
+    run = start(killed, tmp_path)
+    seen = killed / "metrics.jsonl"
+    lines = len(seen.read_text().splitlines()) if seen.exists() else 0
+    deadline = time.monotonic() + 120
+    # Past start-up, so that the kill falls into training and saving.
+    while time.monotonic() < deadline and run.poll() is None:
+      if seen.exists() and len(seen.read_text().splitlines()) > lines:
+        break
+      time.sleep(0.01)
+    time.sleep(moments.uniform(0, 0.3))
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+  run = start(killed, tmp_path)
+  _, errors = run.communicate(timeout=300)
+  assert run.returncode == 0, errors
+  assert_same_run(straight, killed)

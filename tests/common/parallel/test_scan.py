@@ -1,0 +1,617 @@
+"""linear_scan: every form against a NumPy loop in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from common.parallel import linear_scan
+
+FORMS = {
+  "sequential": {"impl": "sequential"},
+  "associative": {"impl": "associative"},
+  "chunks": {"impl": "chunked", "chunk": 4},
+}
+forms = pytest.mark.parametrize("form", FORMS)
+directions = pytest.mark.parametrize("reverse", [False, True])
+# Forms associate float32 sums differently: a few roundings of numbers near 1.
+close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
+
+
+def inputs(batch=2, time=11, channels=3, seed=0):
+  """Returns x, a, h0 and the weights of h and h_last in a loss."""
+  rng = np.random.default_rng(seed)
+  x, g = rng.standard_normal((2, batch, time, channels), np.float32)
+  a = rng.uniform(0.0, 1.0, x.shape).astype(np.float32)
+  h0, g_last = rng.standard_normal((2, batch, channels), np.float32)
+  return x, a, h0, g, g_last
+
+
+RESETS = {
+  "none": None,
+  "nowhere": [],
+  "first": [0],
+  "last": [10],
+  "some": [0, 3, 4, 8],
+  "everywhere": range(11),
+}
+
+
+def make_reset(where, batch=2, time=11):
+  if where is None:
+    return None
+  reset = np.zeros((batch, time), bool)
+  reset[0, list(where)] = True  # the other rows have none
+  return reset
+
+
+def numpy_scan(x, a, h0, reverse=False, reset=None):
+  """The definition, step by step in float64."""
+  h, state = np.zeros(x.shape), np.float64(h0)
+  steps = range(x.shape[1])
+  for t in reversed(steps) if reverse else steps:
+    gate = np.float64(a[:, t])
+    if reset is not None:
+      gate = np.where(reset[:, t, None], 0.0, gate)
+    h[:, t] = state = gate * state + x[:, t]
+  return h, state
+
+
+def plain_scan(x, a, h0, reverse=False, reset=None):
+  """The definition in jax, for jax to differentiate."""
+  if reset is not None:
+    a = jnp.where(reset[:, :, None], 0.0, a)
+
+  def step(state, xa):
+    state = xa[1] * state + xa[0]
+    return state, state
+
+  rows = jnp.swapaxes(x, 0, 1), jnp.swapaxes(a, 0, 1)
+  last, h = jax.lax.scan(step, h0, rows, reverse=reverse)
+  return jnp.swapaxes(h, 0, 1), last
+
+
+def value_and_grads(scan, x, a, h0, g, g_last):
+  """Returns h, h_last and the gradients of sum(h g) + sum(h_last g_last)."""
+
+  def loss(x, a, h0):
+    h, last = scan(x, a, h0)
+    return jnp.sum(h.astype(last.dtype) * g) + jnp.sum(last * g_last), (h, last)
+
+  grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+  grads, values = grad(x, a, h0)
+  return *values, *grads
+
+
+@functools.partial(jax.jit, static_argnames=("form", "reverse", "mesh_axis"))
+def run(form, x, a, h0, g, g_last, reverse=False, reset=None, mesh_axis=None):
+  """`value_and_grads` of one of `FORMS`, or of the plain loop."""
+  options = {"reverse": reverse, "reset": reset}
+  if form == "plain":
+    scan = functools.partial(plain_scan, **options)
+  else:
+    options["mesh_axis"] = mesh_axis
+    scan = functools.partial(linear_scan, **options, **FORMS[form])
+  return value_and_grads(scan, x, a, h0, g, g_last)
+
+
+@functools.partial(jax.jit, static_argnames=("form", "reverse"))
+def forward(form, x, a, h0, reverse=False, reset=None):
+  return linear_scan(x, a, h0, reverse=reverse, reset=reset, **FORMS[form])
+
+
+# -- known answers -------------------------------------------------------------
+
+
+@forms
+def test_known_answer(form):
+  x = jnp.array([1.0, 2.0, 3.0, 4.0])[None, :, None]
+  a = jnp.array([0.5, 0.5, 0.0, 0.5])[None, :, None]
+  zero = jnp.zeros((1, 1))
+  h, last, dx, da, dh0 = run(form, x, a, zero, 1.0, 0.0)
+  assert h.ravel().tolist() == [1.0, 2.5, 3.0, 5.5]
+  assert last.tolist() == [[5.5]]
+  assert dx.ravel().tolist() == [1.5, 1.0, 1.5, 1.0]
+  assert da.ravel().tolist() == [0.0, 1.0, 3.75, 3.0]
+  assert dh0.tolist() == [[0.75]]
+
+
+# Two segments of three tokens, each with a prefix of two; gates 1/2, drive t+1.
+PREFIX_ANSWERS = {
+  "forward": (False, [1, 0, 0, 1, 0, 0], [1, 2.5, 4.25, 4, 7, 9.5]),
+  "strict": (True, [0, 1, 1, 0, 1, 1], [2, 2, 3, 6.5, 5, 6]),
+  "paper": (True, [0, 0, 1, 0, 0, 1], [2.75, 3.5, 3, 8, 8, 6]),
+}
+
+
+@forms
+@pytest.mark.parametrize("case", PREFIX_ANSWERS)
+def test_known_answer_of_a_bidirectional_prefix(case, form):
+  reverse, reset, expected = PREFIX_ANSWERS[case]
+  x = np.arange(1.0, 7.0, dtype=np.float32)[None, :, None]
+  reset = np.array([reset], bool)
+  a, zero = np.full_like(x, 0.5), x[:, 0] * 0
+  h, _ = forward(form, x, a, zero, reverse=reverse, reset=reset)
+  assert h.ravel().tolist() == expected
+
+
+# -- against the definition ----------------------------------------------------
+
+
+@forms
+@directions
+@pytest.mark.parametrize("where", RESETS.values(), ids=RESETS.keys())
+def test_values_and_gradients_are_the_loops(where, reverse, form):
+  arrays = inputs()
+  options = {"reverse": reverse, "reset": make_reset(where)}
+  h, last, *grads = run(form, *arrays, **options)
+  expected_h, expected_last = numpy_scan(*arrays[:3], **options)
+  close(h, expected_h)
+  close(last, expected_last)
+  expected = run("plain", *arrays, **options)[2:]
+  for got, wanted in zip(grads, expected, strict=True):
+    close(got, wanted)
+  if where is not None:
+    assert not np.any(np.asarray(grads[1])[options["reset"]])  # exactly 0
+
+
+@forms
+@pytest.mark.parametrize("time", [1, 3, 8])
+def test_lengths_that_chunks_divide_or_not(time, form):
+  arrays = inputs(time=time)
+  reverse = time % 2 == 0
+  for got, wanted in zip(
+    run(form, *arrays, reverse=reverse),
+    run("plain", *arrays, reverse=reverse),
+    strict=True,
+  ):
+    close(got, wanted)
+
+
+@forms
+@directions
+def test_no_steps_hand_the_state_on(reverse, form):
+  x, a, h0, g, g_last = inputs(time=0)
+  h, last, dx, da, dh0 = run(form, x, a, h0, g, g_last, reverse=reverse)
+  assert h.shape == dx.shape == da.shape == (2, 0, 3)
+  np.testing.assert_array_equal(last, h0)
+  np.testing.assert_array_equal(dh0, g_last)
+
+
+@forms
+@directions
+def test_float64_and_finite_differences(reverse, form):
+  options = {"reverse": reverse, "reset": make_reset([0, 2])}
+  rng = np.random.default_rng(1)
+  with jax.enable_x64(True):
+    *primals, g, g_last = (np.float64(array) for array in inputs())
+    steps = [rng.standard_normal(p.shape) for p in primals]
+
+    def at(eps):
+      moved = (p + eps * s for p, s in zip(primals, steps))
+      h, last, *grads = run(form, *moved, g, g_last, **options)
+      return np.sum(h * g) + np.sum(last * g_last), h, last, grads
+
+    _, h, last, grads = jax.device_get(at(0.0))
+    eps = 1e-6
+    slope = (at(eps)[0] - at(-eps)[0]) / (2 * eps)
+  expected = numpy_scan(*primals, **options)
+  np.testing.assert_allclose(h, expected[0], rtol=1e-13, atol=1e-13)
+  np.testing.assert_allclose(last, expected[1], rtol=1e-13, atol=1e-13)
+  ours = sum(np.sum(g * s) for g, s in zip(grads, steps, strict=True))
+  # Central differences: eps**2 by the third derivative, 1e-16 / eps rounding.
+  np.testing.assert_allclose(ours, slope, rtol=1e-7)
+
+
+def test_without_h0_the_state_starts_at_zero():
+  x, a, h0, *_ = inputs()
+  h, last = linear_scan(x, a)
+  expected = linear_scan(x, a, 0 * h0)
+  np.testing.assert_array_equal(h, expected[0])
+  np.testing.assert_array_equal(last, expected[1])
+
+
+def test_auto_is_sequential_on_a_cpu():
+  x, a, h0, *_ = inputs()
+
+  def program(impl):
+    return jax.jit(lambda *v: linear_scan(*v, impl=impl)).lower(x, a, h0)
+
+  assert program("auto").as_text() == program("sequential").as_text()
+  assert program("auto").as_text() != program("associative").as_text()
+
+
+@forms
+@directions
+def test_bfloat16_is_rounded_once(reverse, form):
+  """The carry is float32: only the inputs and outputs are rounded."""
+  x, a, h0, g, g_last = inputs(time=40)
+  x, a = x.astype(jnp.bfloat16), (0.9 + 0.1 * a).astype(jnp.bfloat16)
+  g = np.float32(g.astype(jnp.bfloat16))
+  h, last, dx, da, dh0 = run(form, x, a, h0, g, g_last, reverse=reverse)
+  assert [v.dtype for v in (h, dx, da)] == [jnp.bfloat16] * 3
+  assert last.dtype == dh0.dtype == jnp.float32
+
+  exact = run(
+    "sequential",
+    np.float32(x),
+    np.float32(a),
+    h0,
+    g,
+    g_last,
+    reverse=reverse,
+  )
+  close(last, exact[1], rtol=1e-4, atol=1e-4)
+  close(dh0, exact[4], rtol=1e-4, atol=1e-4)
+  for got, expected in ((h, exact[0]), (dx, exact[2]), (da, exact[3])):
+    # 8 bits of mantissa: half a unit in the last place is at most 2**-8.
+    np.testing.assert_allclose(
+      np.float32(got), expected, rtol=2.0**-8, atol=1e-4
+    )
+
+
+@forms
+def test_drive_gates_and_h0_may_differ_in_dtype(form):
+  x, a, h0, g, g_last = inputs()
+  x, h0 = x.astype(jnp.bfloat16), h0.astype(jnp.bfloat16)
+  dtypes = [str(array.dtype) for array in run(form, x, a, h0, g, g_last)]
+  assert dtypes == ["bfloat16", "float32", "bfloat16", "float32", "bfloat16"]
+
+
+# -- laws ----------------------------------------------------------------------
+
+
+@forms
+def test_reverse_is_the_flipped_scan_of_the_flipped(form):
+  x, a, h0, *_ = inputs()
+  reset = make_reset(RESETS["some"])
+  h, last = forward(form, x, a, h0, reverse=True, reset=reset)
+  flipped, flipped_last = forward(
+    form, x[:, ::-1], a[:, ::-1], h0, reset=reset[:, ::-1]
+  )
+  np.testing.assert_array_equal(h, flipped[:, ::-1])
+  np.testing.assert_array_equal(last, flipped_last)
+
+
+@directions
+@pytest.mark.parametrize(
+  ("form", "dtype"),
+  [*((form, "float32") for form in FORMS), ("sequential", "bfloat16")],
+)
+def test_a_scan_splits_anywhere(form, dtype, reverse):
+  x, a, h0, *_ = inputs()
+  x, a = x.astype(dtype), a.astype(dtype)
+  reset = make_reset(RESETS["some"])
+  scan = functools.partial(forward, form, reverse=reverse)
+  whole, whole_last = scan(x, a, h0, reset=reset)
+  for split in (4, 7):
+    parts = [slice(0, split), slice(split, None)]
+    halves, state = {}, h0
+    for i in (1, 0) if reverse else (0, 1):
+      part = parts[i]
+      halves[i], state = scan(
+        x[:, part], a[:, part], state, reset=reset[:, part]
+      )
+    joined = np.concatenate([halves[0], halves[1]], axis=1)
+    # bf16 may round to either neighbour after a float32 difference.
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+      np.float32(joined), np.float32(whole), rtol=4 * eps, atol=2e-6
+    )
+    close(state, whole_last)
+
+
+@forms
+def test_gates_of_zero_and_one_stay_finite(form):
+  """Nothing is divided by a product of gates."""
+  x = np.ones((1, 100, 2), np.float32)
+  a = np.broadcast_to(np.array([0.0, 1.0], np.float32), x.shape)
+  one = np.ones((1, 2), np.float32)
+  h, last, dx, da, dh0 = run(form, x, a, one, 1.0, 0.0)
+  np.testing.assert_array_equal(h[0, :, 0], np.ones(100))
+  np.testing.assert_array_equal(h[0, :, 1], np.arange(2, 102))
+  np.testing.assert_array_equal(last, [[1, 101]])
+  np.testing.assert_array_equal(dx[0, :, 1], np.arange(100, 0, -1))
+  np.testing.assert_array_equal(dh0, [[0, 100]])
+  assert np.all(np.isfinite(da))
+
+
+# -- inside other transformations ----------------------------------------------
+
+
+@forms
+def test_vmap_is_a_loop_over_examples(form):
+  arrays = inputs()
+  scales = np.float32([1.0, 0.5, 0.25])
+  stacked = [np.stack([scale * v for scale in scales]) for v in arrays]
+  mapped = jax.jit(jax.vmap(functools.partial(run, form)))(*stacked)
+  for i in range(3):
+    one = run(form, *(v[i] for v in stacked))
+    for got, expected in zip(mapped, one, strict=True):
+      close(got[i], expected)
+
+
+@forms
+def test_vmap_over_the_drive_alone(form):
+  x, a, *_ = inputs()
+  scan = functools.partial(linear_scan, **FORMS[form])
+  h, _ = jax.jit(jax.vmap(scan, in_axes=(0, None)))(np.stack([x, 2 * x]), a)
+  close(h[1], 2 * h[0])
+  close(h[0], numpy_scan(x, a, 0)[0])
+
+
+@forms
+def test_checkpointed_layers_in_a_scan(form):
+  x, a, h0, g, _ = inputs()
+  scales = np.float32([1.0, 0.5, 0.25])
+
+  def loss(scan, scales, x):
+    @jax.checkpoint
+    def layer(x, scale):
+      h, last = scan(scale * x, a, h0)
+      return x + h, last
+
+    out, lasts = jax.lax.scan(layer, x, scales)
+    return jnp.sum(out * g) + jnp.sum(lasts)
+
+  grad = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)
+  ours = grad(functools.partial(linear_scan, **FORMS[form]), scales, x)
+  for got, expected in zip(ours, grad(plain_scan, scales, x), strict=True):
+    # Three layers deep the states are about ten times as large.
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=2e-4)
+
+
+def make_mesh(**sizes):
+  count = int(np.prod(list(sizes.values())))
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+    devices=jax.devices()[:count],
+  )
+
+
+def collectives(compiled) -> dict[str, int]:
+  names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all")
+  names += ("collective-permute",)
+  text = compiled.as_text()
+  counts = {n: text.count(f" {n}(") + text.count(f" {n}-start(") for n in names}
+  return {name: count for name, count in counts.items() if count}
+
+
+@forms
+def test_rows_and_channels_shard_without_communication(form):
+  arrays = inputs(batch=4, time=6, channels=4)
+  reset = make_reset([1, 3], batch=4, time=6)
+  expected = run(form, *arrays, reset=reset)
+  mesh = make_mesh(data=2, model=2)
+  cube = NamedSharding(mesh, jax.P("data", None, "model"))
+  plane = NamedSharding(mesh, jax.P("data", "model"))
+  placed = jax.device_put(arrays, (cube, cube, plane, cube, plane))
+  reset = jax.device_put(reset, NamedSharding(mesh, jax.P("data")))
+  compiled = run.lower(form, *placed, reset=reset).compile()
+  assert not collectives(compiled)
+  for got, wanted in zip(compiled(*placed, reset=reset), expected, strict=True):
+    close(got, wanted)
+
+
+def test_inside_anothers_shard_map():
+  arrays = inputs(batch=4)
+  rows = jax.P("data")
+  expected = run("sequential", *arrays)
+
+  def local(x, a, h0, g, g_last):
+    # The one of zeros is made inside.
+    zeros = linear_scan(x, a)[0] - linear_scan(x, a, 0 * h0)[0]
+    return run("sequential", x, a, h0, g, g_last), zeros
+
+  with jax.set_mesh(make_mesh(data=2)):
+    mapped = jax.shard_map(local, in_specs=(rows,) * 5, out_specs=rows)
+    got, zeros = jax.jit(mapped)(*arrays)
+  assert not np.any(zeros)
+  for value, wanted in zip(got, expected, strict=True):
+    close(value, wanted)
+
+
+# -- memory --------------------------------------------------------------------
+
+
+def residual_shapes(form, time, dtype="float32"):
+  x = jnp.zeros((2, time, 3), dtype)
+  _, pullback = jax.vjp(
+    lambda x, a, h0: linear_scan(x, a, h0, **form)[0], x, x, x[:, 0]
+  )
+  return sorted(
+    (leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(pullback)
+  )
+
+
+def test_chunked_saves_its_inputs_and_the_chunk_boundaries():
+  form = {"impl": "chunked", "chunk": 16}
+  boundaries = ((4, 2, 3), "float32")
+  for dtype in ("float32", "bfloat16"):
+    whole = ((2, 64, 3), dtype)
+    assert residual_shapes(form, 64, dtype) == sorted(
+      [whole, whole, boundaries]
+    )
+
+
+def test_sequential_saves_the_gates_and_the_states():
+  whole = ((2, 64, 3), "float32")
+  assert residual_shapes({"impl": "sequential"}, 64) == [
+    ((2, 3), "float32"),
+    whole,
+    whole,
+  ]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_sequential_loop_needs_no_temporaries(reverse):
+  x = jax.ShapeDtypeStruct((2, 512, 64), jnp.float32)
+  reset = jax.ShapeDtypeStruct((2, 512), bool)
+
+  def run(x, a, g, reset):
+    h, pullback = jax.vjp(
+      lambda x, a: linear_scan(
+        x, a, reverse=reverse, reset=reset, impl="sequential"
+      )[0],
+      x,
+      a,
+    )
+    return h, pullback(g)
+
+  compiled = jax.jit(run).lower(x, x, x, reset).compile()
+  array = 2 * 512 * 64 * 4
+  assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * array
+
+
+# -- sharded along time --------------------------------------------------------
+
+
+@directions
+@pytest.mark.parametrize(
+  ("form", "shards"),
+  [
+    ("sequential", 1),
+    ("sequential", 2),
+    ("sequential", 4),
+    ("sequential", 8),
+    ("associative", 8),
+    ("chunks", 2),
+  ],
+)
+def test_sharded_in_time_is_unsharded(form, shards, reverse):
+  arrays = inputs(time=24)
+  # Inside a shard, at the start of one and at the end of one.
+  reset = make_reset([4, 9, 12, 17], time=24)
+  expected = run("sequential", *arrays, reverse=reverse, reset=reset)
+  with jax.set_mesh(make_mesh(seq=shards)):
+    got = run(form, *arrays, reverse=reverse, reset=reset, mesh_axis="seq")
+  for value, wanted in zip(got, expected, strict=True):
+    close(value, wanted)
+  assert not np.any(np.asarray(got[3])[reset])
+
+
+def test_sharded_in_time_and_rows_under_other_transformations():
+  x, a, _, g, _ = inputs(batch=4, time=16)
+
+  def loss(x, a, mesh_axis=None):
+    @jax.checkpoint
+    def layer(x, _):
+      run = functools.partial(linear_scan, reverse=True, mesh_axis=mesh_axis)
+      return x + jax.vmap(run)(x[None], a[None])[0][0], None
+
+    out, _ = jax.lax.scan(layer, x, length=2)
+    return jnp.sum(out * g)
+
+  expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, a)
+  mesh = make_mesh(data=2, seq=4)
+  with jax.set_mesh(mesh):
+    place = NamedSharding(mesh, jax.P("data", "seq"))
+    x, a = jax.device_put((x, a), place)
+    grad = jax.grad(functools.partial(loss, mesh_axis="seq"), argnums=(0, 1))
+    got = jax.jit(grad)(x, a)
+  for value, wanted in zip(got, expected, strict=True):
+    assert value.sharding.is_equivalent_to(place, 3)
+    np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
+
+
+@forms
+def test_shards_exchange_states_and_decays_only(form):
+  mesh = make_mesh(seq=4)
+  time = NamedSharding(mesh, jax.P(None, "seq"))
+  whole = NamedSharding(mesh, jax.P())
+  placed = jax.device_put(inputs(time=24), (time, time, whole, time, whole))
+  with jax.set_mesh(mesh):
+    compiled = run.lower(form, *placed, mesh_axis="seq").compile()
+  # State and decay, which the compiler may join; the cotangent's state.
+  counts = collectives(compiled)
+  assert set(counts) == {"all-gather"}
+  assert 2 <= counts["all-gather"] <= 3
+
+
+def test_sharded_bfloat16():
+  x, a, h0, g, g_last = inputs(time=16)
+  arrays = x.astype(jnp.bfloat16), a.astype(jnp.bfloat16), h0, g, g_last
+  expected = run("sequential", *arrays)
+  with jax.set_mesh(make_mesh(seq=4)):
+    got = run("sequential", *arrays, mesh_axis="seq")
+  for value, wanted in zip(got, expected, strict=True):
+    assert value.dtype == wanted.dtype
+    # A float32 difference may round to the other bf16 neighbour.
+    np.testing.assert_allclose(
+      np.float32(value), np.float32(wanted), rtol=2.0**-7, atol=1e-4
+    )
+
+
+# -- errors --------------------------------------------------------------------
+
+ONE = np.ones((2, 6, 3), np.float32)
+ERRORS = {
+  "impl": ((ONE, ONE), {"impl": "parallel"}, ValueError, r"impl='parallel'"),
+  "pallas": (
+    (ONE, ONE),
+    {"impl": "pallas"},
+    ValueError,
+    r"impl='pallas'.*auto.*sequential.*associative.*chunked",
+  ),
+  "chunk": (
+    (ONE, ONE),
+    {"impl": "chunked", "chunk": 0},
+    ValueError,
+    r"chunk=0",
+  ),
+  "x rank": (
+    (ONE[0], ONE[0]),
+    {},
+    ValueError,
+    r"x has shape \(6, 3\).*\[B, T, N\]",
+  ),
+  "a shape": (
+    (ONE, ONE[:, :1]),
+    {},
+    ValueError,
+    r"a has .*\(2, 1, 3\).*6, 3\)",
+  ),
+  "h0 shape": ((ONE, ONE, ONE), {}, ValueError, r"h0 has .*must be \(2, 3\)"),
+  "reset shape": (
+    (ONE, ONE),
+    {"reset": np.zeros((6, 2), bool)},
+    ValueError,
+    r"reset has shape \(6, 2\).*\(2, 6\)",
+  ),
+  "x dtype": ((np.int32(ONE), ONE), {}, TypeError, r"x is int32"),
+  "a dtype": ((ONE, ONE > 0), {}, TypeError, r"a is bool"),
+  "h0 dtype": ((ONE, ONE, np.int32(ONE[:, 0])), {}, TypeError, r"h0 is int32"),
+  "reset dtype": (
+    (ONE, ONE),
+    {"reset": ONE[:, :, 0]},
+    TypeError,
+    r"reset is float32.*bool",
+  ),
+  "no mesh": (
+    (ONE, ONE),
+    {"mesh_axis": "seq"},
+    ValueError,
+    r"mesh_axis='seq' is not.*set_mesh",
+  ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_argument(case):
+  args, options, kind, message = ERRORS[case]
+  with pytest.raises(kind, match=message) as error:
+    linear_scan(*args, **options)
+  assert "\n" not in str(error.value)
+
+
+def test_errors_of_the_mesh_axis():
+  with jax.set_mesh(make_mesh(data=2, seq=4)):
+    with pytest.raises(ValueError, match=r"'time' is not.*'data', 'seq'"):
+      linear_scan(ONE, ONE, mesh_axis="time")
+    with pytest.raises(ValueError, match=r"\(2, 6, 3\).* 6 steps .* 4 shards"):
+      linear_scan(ONE, ONE, mesh_axis="seq")

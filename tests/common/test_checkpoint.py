@@ -1,0 +1,194 @@
+"""Checkpoints: whole or not there, on any mesh, never overwritten."""
+
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from common.checkpoint import Checkpointer, load_params
+from common.errors import UserError
+from common.parallel import make_mesh, shardings
+from common.state import TrainState
+
+RULES = [("kernel", jax.P("data")), (".*", jax.P())]
+
+
+class Box:
+  """Host state: an iterator's position, or a hook's."""
+
+  def __init__(self, value=None):
+    self.value = value
+
+  def get_state(self):
+    return self.value
+
+  def set_state(self, value):
+    self.value = value
+
+
+def make_state(step, mesh):
+  def create():
+    params = {"kernel": jnp.arange(32.0).reshape(8, 4) + step}
+    state = TrainState.create(
+      params, optax.adam(1e-3), {"key": jax.random.key(step)}
+    )
+    return state.replace(step=jnp.int32(step))
+
+  tree = jax.eval_shape(create)
+  return jax.jit(create, out_shardings=shardings(tree, mesh, RULES))()
+
+
+def abstract(state, mesh):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    shardings(state, mesh, RULES),
+  )
+
+
+def numpy(state):
+  return jax.tree.map(
+    lambda x: np.asarray(
+      jax.random.key_data(x)
+      if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+      else x
+    ),
+    state,
+  )
+
+
+@pytest.fixture
+def mesh():
+  return make_mesh({"data": 4, "fsdp": 2})
+
+
+def test_everything_comes_back_on_another_mesh(tmp_path, mesh):
+  state = make_state(3, mesh)
+  saved = Checkpointer(tmp_path / "c")
+  saved.save(3, state, Box({"step": 3}), {"log": Box([1.5])})
+  saved.close()
+  other = make_mesh({"data": 2, "fsdp": 2, "model": 2})
+  data, hook = Box(), Box()
+  restored = Checkpointer(tmp_path / "c").restore(
+    abstract(state, other), data, {"log": hook}
+  )
+  chex.assert_trees_all_equal(numpy(state), numpy(restored))
+  assert restored.params["kernel"].sharding.mesh.shape["data"] == 2
+  assert (data.value, hook.value) == ({"step": 3}, [1.5])
+
+
+def test_the_newest_and_the_best_stay_over_restarts(tmp_path, mesh):
+  for steps in ([1, 2, 3, 4], [5, 6]):
+    checkpointer = Checkpointer(tmp_path / "c", keep=2, best="loss")
+    for step in steps:
+      loss = abs(step - 2.0)
+      checkpointer.save(
+        step, make_state(step, mesh), None, metrics={"loss": loss}
+      )
+    checkpointer.close()
+  assert Checkpointer(tmp_path / "c").steps == [2, 5, 6]
+
+
+def test_a_step_is_never_overwritten(tmp_path, mesh):
+  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer.save(1, make_state(1, mesh), None)
+  with pytest.raises(
+    UserError, match=r"checkpoint 1 exists .* another workdir"
+  ):
+    checkpointer.save(1, make_state(1, mesh), None)
+  checkpointer.close()
+
+
+def test_nothing_to_restore_is_none(tmp_path, mesh):
+  state = make_state(0, mesh)
+  found = Checkpointer(tmp_path / "c").restore(abstract(state, mesh), None)
+  assert found is None
+
+
+@pytest.mark.parametrize("item", ["params", "state", "data", "host"])
+def test_a_broken_checkpoint_falls_back_and_says_so(
+  tmp_path, mesh, item, caplog
+):
+  checkpointer = Checkpointer(tmp_path / "c")
+  for step in (1, 2):
+    checkpointer.save(step, make_state(step, mesh), Box({"step": step}))
+  checkpointer.close()
+  for file in (tmp_path / "c" / "2" / item).rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  checkpointer = Checkpointer(tmp_path / "c")
+  data = Box()
+  state = checkpointer.restore(abstract(make_state(0, mesh), mesh), data)
+  assert (int(state.step), data.value) == (1, {"step": 1})
+  assert "checkpoint 2 cannot be read" in caplog.text
+  checkpointer.save(2, make_state(2, mesh), None)  # its place is free again
+  checkpointer.close()
+  assert (tmp_path / "c.unreadable" / "2").is_dir()
+
+
+def test_a_changed_model_moves_nothing_away(tmp_path, mesh):
+  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer.save(1, make_state(1, mesh), None)
+  checkpointer.wait()
+  state = abstract(make_state(1, mesh), mesh)
+  wrong = state.replace(
+    params={"other": jax.ShapeDtypeStruct((2,), jnp.float32)}
+  )
+  with pytest.raises(UserError, match=r"none of the checkpoints \[1\]"):
+    checkpointer.restore(wrong, None)
+  assert checkpointer.steps == [1]
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, mesh):
+  leftover = tmp_path / "c" / "7.orbax-checkpoint-tmp"
+  (leftover / "state").mkdir(parents=True)
+  checkpointer = Checkpointer(tmp_path / "c")
+  assert checkpointer.steps == []
+  checkpointer.save(7, make_state(7, mesh), None)
+  checkpointer.close()
+  assert checkpointer.steps == [7]
+  assert not leftover.exists()
+
+
+@pytest.mark.parametrize("as_numpy", [True, False])
+def test_parameters_are_read_alone(tmp_path, mesh, as_numpy):
+  state = make_state(5, mesh)
+  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer.save(5, state, None)
+  checkpointer.close()
+  for file in (tmp_path / "c" / "5" / "state").rglob("*"):
+    if file.is_file():
+      file.unlink()
+  target = None if as_numpy else abstract(state, mesh).params
+  step, params = load_params(tmp_path / "c", target)
+  assert step == 5
+  np.testing.assert_array_equal(params["kernel"], state.params["kernel"])
+
+
+@pytest.mark.parametrize(
+  ("step", "message"),
+  [(None, "no checkpoints in .*train first"), (4, "no checkpoint 4 .*")],
+)
+def test_missing_parameters_are_one_line(tmp_path, mesh, step, message):
+  directory: pathlib.Path = tmp_path / "c"
+  if step is not None:
+    checkpointer = Checkpointer(directory)
+    checkpointer.save(1, make_state(1, mesh), None)
+    checkpointer.close()
+  with pytest.raises(UserError, match=message):
+    load_params(directory, step=step)
+
+
+def test_a_full_disk_is_one_os_error(tmp_path, mesh, monkeypatch):
+  checkpointer = Checkpointer(tmp_path / "c")
+
+  def full(*_, **__):
+    raise ValueError("[Errno 28] No space left on device: while writing")
+
+  monkeypatch.setattr(checkpointer._manager, "save", full)
+  with pytest.raises(OSError, match=r"no space left .* are whole"):
+    checkpointer.save(1, make_state(1, mesh), None)
