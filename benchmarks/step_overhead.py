@@ -21,6 +21,7 @@ import jax
 from birdie import data as data_lib
 from birdie.train import make_loss_fn, make_setup
 from common import hooks as hooks_lib
+from common.checkpoint import Checkpointer
 from common.metrics import MetricWriter
 from common.progress import ProgressBar
 from common.rngs import RngStreams
@@ -49,6 +50,68 @@ def make_config(width: int):
   return config
 
 
+def make_ways(args: argparse.Namespace, config, loader, setup) -> dict:
+  """Name -> a function that runs the steps and returns seconds."""
+  step = make_train_step(
+    make_loss_fn(setup.model, setup.curriculum), setup.tx, RngStreams(0)
+  )
+  batch = next(loader)
+  folder = tempfile.mkdtemp()
+  writer = MetricWriter(folder)
+
+  def bare() -> float:
+    state = setup.create()
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    for _ in range(args.steps):
+      state, _ = step(state, batch)
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+  def loop(data) -> float:
+    state = setup.create()
+    jax.block_until_ready(state)
+    guard = hooks_lib.StopOnNonFinite()
+    logs = hooks_lib.LogHook(
+      config.log.every, writer, ProgressBar(args.steps), examples_per_step=1
+    )
+    # Due at no step of a round: what saving and evaluation take is their own.
+    never = 10 * args.steps
+    save = hooks_lib.CheckpointHook(
+      lambda step: step == never, Checkpointer(folder + "/c"), host={}
+    )
+    hooks = [guard, logs, save, hooks_lib.PreemptionHook(save)]
+    start = time.perf_counter()
+    state = train(state, step, data, num_steps=args.steps, hooks=hooks)
+    jax.block_until_ready(state)
+    return time.perf_counter() - start
+
+  return {
+    "bare step": bare,
+    "loop, same batch": lambda: loop(Same(batch)),
+    "loop, real loader": lambda: loop(loader),
+  }
+
+
+def report(times: dict[str, list[float]]) -> None:
+  medians = {name: statistics.median(t) for name, t in times.items()}
+  for name, median in medians.items():
+    rounds = len(times[name])
+    print(f"{name:20s} {1e3 * median:8.2f} ms a step (median of {rounds})")
+  bare, same, real = medians.values()
+  ratios = {"loop_overhead": same / bare - 1, "input_wait": real / same - 1}
+  for name, ratio in ratios.items():
+    print(f"{name:20s} {100 * ratio:8.2f} %")
+  line = {
+    "benchmark": "step_overhead",
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+    "medians_s": medians,
+    **ratios,
+  }
+  print(json.dumps(line))
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--steps", type=int, default=60)
@@ -62,69 +125,15 @@ def main() -> None:
   loader = data_lib.train_loader(
     config, corpus, setup.configurations, sharding=setup.sharding
   )
-  step = make_train_step(
-    make_loss_fn(setup.model, setup.curriculum), setup.tx, RngStreams(0)
-  )
-  batch = next(loader)
-  writer = MetricWriter(tempfile.mkdtemp())
-
-  def bare():
-    state = setup.create()
-    jax.block_until_ready(state)
-    start = time.perf_counter()
-    for _ in range(args.steps):
-      state, _ = step(state, batch)
-    jax.block_until_ready(state)
-    return time.perf_counter() - start
-
-  def loop(data):
-    state = setup.create()
-    jax.block_until_ready(state)
-    hooks = [
-      hooks_lib.StopOnNonFinite(),
-      hooks_lib.LogHook(
-        10, writer, ProgressBar(args.steps), examples_per_step=1
-      ),
-    ]
-    start = time.perf_counter()
-    state = train(state, step, data, num_steps=args.steps, hooks=hooks)
-    jax.block_until_ready(state)
-    return time.perf_counter() - start
-
-  ways = {
-    "bare step": bare,
-    "loop, same batch": lambda: loop(Same(batch)),
-    "loop, real loader": lambda: loop(loader),
-  }
-  with jax.set_mesh(setup.mesh):
+  with loader, jax.set_mesh(setup.mesh):
+    ways = make_ways(args, config, loader, setup)
     times = {name: [] for name in ways}
     for way in ways.values():
       way()
     for _ in range(args.rounds):
       for name, way in ways.items():
         times[name].append(way() / args.steps)
-  loader.close()
-  medians = {name: statistics.median(t) for name, t in times.items()}
-  for name, median in medians.items():
-    print(f"{name:20s} {1e3 * median:8.2f} ms a step (median of {args.rounds})")
-  bare_ms, same_ms, real_ms = medians.values()
-  ratios = {
-    "loop_overhead": same_ms / bare_ms - 1,
-    "input_wait": real_ms / same_ms - 1,
-  }
-  for name, ratio in ratios.items():
-    print(f"{name:20s} {100 * ratio:8.2f} %")
-  print(
-    json.dumps(
-      {
-        "benchmark": "step_overhead",
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "medians_s": medians,
-        **ratios,
-      }
-    )
-  )
+  report(times)
 
 
 if __name__ == "__main__":

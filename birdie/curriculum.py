@@ -14,7 +14,7 @@ from birdie import controller
 from birdie.evaluate import Evaluator, Scores
 from birdie.presets import Configuration
 from common.metrics import MetricWriter
-from common.parallel import on_device, to_host
+from common.parallel import from_host, on_device, to_host
 from common.rngs import fold_name
 from common.state import TrainState
 from common.train import StepInfo
@@ -67,7 +67,7 @@ class EvaluationHook:
     writer: MetricWriter,
   ):
     self.every = frozenset(steps).__contains__
-    self.latest: dict[str, float] = {}
+    self._latest: tuple[int, dict[str, float]] = (-1, {})
     self._evaluator = evaluator
     self._curriculum = curriculum
     self._writer = writer
@@ -81,7 +81,7 @@ class EvaluationHook:
     ):
       for name, value in self._curriculum.by_class(values, mean=True).items():
         lines[f"eval_class/{title}/{name}"] = value
-    self.latest = lines
+    self._latest = (info.step, lines)
     state, more = self.react(info, scores)
     self._writer.write(info.step, lines | more)
     return state
@@ -93,11 +93,16 @@ class EvaluationHook:
     del info, scores
     return None, {}
 
-  def get_state(self) -> dict[str, float]:
-    return self.latest
+  def measured_at(self, step: int) -> dict[str, float]:
+    """What was measured at `step`; empty if it was not evaluated."""
+    latest, lines = self._latest
+    return lines if latest == step else {}
 
-  def set_state(self, state: dict[str, float]) -> None:
-    self.latest = dict(state)
+  def get_state(self) -> dict[str, Any]:
+    return {"step": self._latest[0], "lines": self._latest[1]}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._latest = int(state["step"]), dict(state["lines"])
 
 
 class CurriculumHook(EvaluationHook):
@@ -133,10 +138,14 @@ class CurriculumHook(EvaluationHook):
   def react(
     self, info: StepInfo, scores: Scores
   ) -> tuple[TrainState, dict[str, float]]:
+    data: Any = info.data  # a `birdie.data.TrainData`
     old = info.state.extra["controller"]
     arrays = to_host(old)
     with on_device(jax.local_devices(backend="cpu")[0]):
       key = fold_name(jax.random.key(self._seed), "controller")
+      arrays = dataclasses.replace(
+        arrays, action=data.mixture.in_force(info.step)
+      )
       new, probs, decision = controller.update(
         self._cfg,
         arrays,
@@ -147,15 +156,16 @@ class CurriculumHook(EvaluationHook):
         classes=self._curriculum.classes,
       )
       new = to_host(new)
-    probs = agree(np.asarray(probs, np.float32), info.step)
-    info.data.change_mixture(probs)  # type: ignore[attr-defined]
-    placed = jax.tree.map(
-      lambda value, was: jax.device_put(value, was.sharding), new, old
-    )
+    probs = agree(np.asarray(probs, np.float32), new, info.step)
+    first = data.change_mixture(probs)
     state = dataclasses.replace(
-      info.state, extra={**info.state.extra, "controller": placed}
+      info.state,
+      extra={**info.state.extra, "controller": from_host(new, old)},
     )
-    return state, self._describe(probs, decision)
+    lines = self._describe(probs, decision)
+    lines["controller/mixture_version"] = float(data.mixture.latest.version)
+    lines["controller/effective_from"] = float(first)
+    return state, lines
 
   def _describe(self, probs: np.ndarray, decision: Any) -> dict[str, float]:
     """Scalars about a decision; what is not known yet is left out."""
@@ -184,21 +194,31 @@ class CurriculumHook(EvaluationHook):
     return lines
 
 
-def agree(probs: np.ndarray, step: int) -> np.ndarray:
-  """Process 0's mixture on every process.
+def agree(probs: np.ndarray, state: Any, step: int) -> np.ndarray:
+  """Process 0's mixture on every process, once all have come to the same.
 
-  Every process has computed it from the same arrays and the same key. It is
-  broadcast all the same, and then compared, so that mixtures can never part.
+  Every process computes it from the same arrays and the same key. A hash of
+  that mixture and of the controller's arrays is compared, so that they can
+  never part unseen.
+
+  Args:
+    probs: [K] this process's mixture.
+    state: this process's controller, after the decision.
+    step: of the run, for the error.
 
   Raises:
-    RuntimeError: when they differ after the broadcast.
+    RuntimeError: when processes have come to different results.
   """
   if jax.process_count() == 1:
     return probs
-  probs = np.asarray(multihost_utils.broadcast_one_to_all(probs))
-  digest = hashlib.blake2b(probs.tobytes(), digest_size=4).digest()
-  mine = np.frombuffer(digest, np.int32)
-  all_of_them = np.asarray(multihost_utils.process_allgather(mine))
-  if not np.all(all_of_them == mine):
-    raise RuntimeError(f"the mixture of step {step} differs between processes")
-  return probs
+  digest = hashlib.blake2b(probs.tobytes(), digest_size=8)
+  for leaf in jax.tree.leaves(state):
+    digest.update(np.asarray(leaf).tobytes())
+  mine = np.frombuffer(digest.digest(), np.int32)
+  everyones = np.asarray(multihost_utils.process_allgather(mine))
+  if not (everyones == mine).all():
+    raise RuntimeError(
+      f"the controllers of step {step} differ between processes: their hashes "
+      f"are {everyones.tolist()}"
+    )
+  return np.asarray(multihost_utils.broadcast_one_to_all(probs))

@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from birdie.mixture import MixtureSchedule, normalized
+from birdie.mixture import Mixture, MixtureSchedule, normalized
 from birdie.packing import KEYS, Need, Packer, PackStats, Pieces
-from birdie.presets import Configuration, preset
+from birdie.presets import Configuration, make_mixture, preset
 from birdie.vocab import Vocabulary, byte_vocabulary, extend
 from common.data.loader import FetchPlan, Loader, process_share
 from common.data.sources import text_source
@@ -64,21 +64,27 @@ class Corpus:
 
 
 def make_corpus(config: Any) -> Corpus:
-  """Reads and tokenises the text that `config` names.
+  """Reads and tokenises the text that `config` names; documents end in EOS.
 
   Raises:
-    UserError: for a source or tokenizer that is missing, or without text.
+    UserError: for a source or tokenizer that is missing, without text, or with
+      so few documents that none is left for training or validation.
   """
   tokenizer = make_tokenizer(config.tokenizer)
+  vocab = make_vocabulary(tokenizer)
   stores = build_splits(
-    text_source(config.data.source), tokenizer, cache_dir=config.data.cache_dir
-  )
-  return Corpus(
+    text_source(config.data.source),
     tokenizer,
-    make_vocabulary(tokenizer),
-    stores["train"],
-    stores["validation"],
+    cache_dir=config.data.cache_dir,
+    end=vocab.eos,
   )
+  for split in ("train", "validation"):
+    if not stores[split].num_documents:
+      raise UserError(
+        f"no document falls into the {split} split: give more documents "
+        "(data.source.separator divides text files)"
+      )
+  return Corpus(tokenizer, vocab, stores["train"], stores["validation"])
 
 
 def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
@@ -89,20 +95,33 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 def make_configurations(
-  config: Any, vocab: Vocabulary
+  config: Any,
+  vocab: Vocabulary,
+  encode: Callable[[str], Iterable[int]] | None = None,
 ) -> tuple[Configuration, ...]:
   """The entries of `config.mixture`; their weights are the first mixture.
+
+  Args:
+    config: see `configs/birdie.py`.
+    vocab: special tokens.
+    encode: tokenizes paradigms that the user's own entries give as strings.
 
   Raises:
     UserError: for unknown names, or rows too short for all of them.
   """
-  made = preset(
-    config.mixture.preset,
-    vocab,
-    sequence_length=config.data.sequence_length,
-    grid=config.mixture.grid,
-    paradigm_append_prob=config.mixture.paradigm_append_prob,
-  )
+  length = config.data.sequence_length
+  if config.mixture.entries:
+    made = make_mixture(
+      config.mixture.entries, vocab, sequence_length=length, encode=encode
+    )
+  else:
+    made = preset(
+      config.mixture.preset,
+      vocab,
+      sequence_length=length,
+      grid=config.mixture.grid,
+      paradigm_append_prob=config.mixture.paradigm_append_prob,
+    )
   return tuple(
     dataclasses.replace(entry, weight=float(p))
     for entry, p in zip(made.configurations, made.probs)
@@ -162,7 +181,8 @@ class BatchMaker:
     Raises:
       UserError: when none is left; it names the smallest need.
     """
-    kept = np.where(self._feasible, probs, 0)
+    feasible = self._feasible
+    kept = np.where(feasible, probs, 0)
     if not kept.any():
       needs = self.packer.needs
       wanted = [need for need, p in zip(needs, probs) if p > 0]
@@ -186,7 +206,7 @@ class BatchMaker:
     names = [
       c.name for c, ok in zip(self.packer.configurations, feasible) if not ok
     ]
-    if names:
+    if names and feasible.any():
       log.warning(
         "never drawn, because they need more than pieces of %d tokens or rows "
         "of %d: %s",
@@ -244,10 +264,23 @@ def process_rows(rows: int, sharding: Any = None) -> tuple[int, int]:
   return index * share, (index + 1) * share
 
 
+@dataclasses.dataclass(frozen=True)
+class _Tagged:
+  """Batches that say which version of the mixture they were drawn from."""
+
+  maker: BatchMaker
+
+  def __call__(self, k: int, mixture: Mixture) -> Batch:
+    batch = self.maker(k, mixture.probs)
+    rows = len(batch["tokens"])
+    return batch | {"mixture_version": np.full(rows, mixture.version, np.int32)}
+
+
 class TrainData:
   """Batches on the devices, drawn from a mixture that may change.
 
-  Iterating never ends. Use as a context manager, or close it.
+  Iterating never ends. Beside the packed arrays a batch has
+  `mixture_version`, int32 [B]. Use as a context manager, or close it.
 
   Args:
     maker: makes the batches.
@@ -288,14 +321,14 @@ class TrainData:
     self._schedule = MixtureSchedule(probs)
     maker.possible(self._schedule.latest.probs)
     self._loader = Loader(
-      FetchPlan(maker, self._probs),
+      FetchPlan(_Tagged(maker), self._schedule_at),
       sharding=sharding,
       prefetch=prefetch,
       workers=workers,
     )
 
-  def _probs(self, step: int) -> np.ndarray:
-    return self._schedule.at(step).probs
+  def _schedule_at(self, step: int) -> Mixture:
+    return self._schedule.at(step)
 
   def __iter__(self) -> "TrainData":
     return self
@@ -321,7 +354,7 @@ class TrainData:
     """
     step = self.step
     first = step if self._regenerate else step + SCHEDULE_DELAY
-    self._schedule.change(probs, first)
+    self._schedule.change(probs, first, announced_at=step)
     if self._regenerate:
       self._loader.refresh()
     return first
@@ -347,6 +380,25 @@ class TrainData:
     self.close()
 
 
+def make_batch_maker(
+  config: Any,
+  corpus: Corpus,
+  configurations: Sequence[Configuration],
+  *,
+  sharding: Any = None,
+) -> BatchMaker:
+  """Makes training's batches as `configs/birdie.py` describes them."""
+  rows = config.data.batch_size
+  start, stop = process_rows(rows, sharding)
+  packer = Packer(
+    tuple(configurations),
+    rows=config.data.pack_rows,
+    length=config.data.sequence_length,
+    seed=config.seed,
+  )
+  return BatchMaker(corpus.train, packer, rows, start, stop)
+
+
 def train_loader(
   config: Any,
   corpus: Corpus,
@@ -366,15 +418,8 @@ def train_loader(
     UserError: for rows that do not divide, or text that is too short.
   """
   data = config.data
-  start, stop = process_rows(data.batch_size, sharding)
-  packer = Packer(
-    tuple(configurations),
-    rows=data.pack_rows,
-    length=data.sequence_length,
-    seed=config.seed,
-  )
   return TrainData(
-    BatchMaker(corpus.train, packer, data.batch_size, start, stop),
+    make_batch_maker(config, corpus, configurations, sharding=sharding),
     first_mixture(configurations),
     sharding=sharding,
     mixture_change=data.mixture_change,

@@ -2,11 +2,27 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from birdie import data as data_lib
 from birdie.data import Batch, BatchMaker
 from birdie.vocab import Vocabulary
+
+
+def of_config(config: Any) -> str:
+  """The report of what `configs/birdie.py` describes, with its first mixture.
+
+  Raises:
+    UserError: as training would.
+  """
+  corpus = data_lib.make_corpus(config)
+  made = data_lib.make_configurations(
+    config, corpus.vocab, corpus.tokenizer.encode
+  )
+  maker = data_lib.make_batch_maker(config, corpus, made)
+  return data_report(maker, data_lib.first_mixture(made), corpus.vocab)
 
 
 def data_report(

@@ -11,6 +11,7 @@ import numpy as np
 
 from birdie.models import token_metrics
 from birdie.vocab import Vocabulary
+from common.data.loader import Placer
 
 PyTree = Any
 
@@ -60,13 +61,8 @@ class Evaluator:
     num_configs: int,
     sharding: jax.sharding.NamedSharding,
   ):
-    self._batches = [
-      {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-      }
-      for batch in batches
-    ]
+    place = Placer(sharding)
+    self._batches = [place(batch) for batch in batches]
 
     @jax.jit
     def sums(params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -98,4 +98,4 @@ def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-  sys.exit(app.call(main))
+  app.leave(app.call(main))

@@ -6,6 +6,7 @@ position. So a change takes effect at one exact batch, in every process and in
 every resumed run.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -26,11 +27,13 @@ class Mixture:
     probs: float32 [K], one probability a configuration.
     version: 0 for the first mixture of a run, then 1, 2, ...
     effective_from: the first batch drawn from it.
+    announced_at: the batch that came next when it was chosen.
   """
 
   probs: np.ndarray
   version: int = 0
   effective_from: int = 0
+  announced_at: int = 0
 
   def __post_init__(self):
     probs = check_probs(self.probs)
@@ -66,11 +69,20 @@ class MixtureSchedule:
     raise ValueError(f"batch {step} is older than the schedule ({first})")
 
   def change(
-    self, probs: Sequence[float] | np.ndarray, effective_from: int
+    self,
+    probs: Sequence[float] | np.ndarray,
+    effective_from: int,
+    *,
+    announced_at: int | None = None,
   ) -> Mixture:
     """Puts a new mixture in force from batch `effective_from` on.
 
     A second change for the same batch replaces the first.
+
+    Args:
+      probs: [K].
+      effective_from: its first batch.
+      announced_at: the batch that comes next now; `effective_from` if None.
 
     Raises:
       UserError: when `probs` is no distribution over the K configurations.
@@ -87,19 +99,39 @@ class MixtureSchedule:
         f"the mixture has {np.size(probs)} probabilities for "
         f"{latest.probs.size} configurations: give one each"
       )
-    new = Mixture(np.asarray(probs), latest.version + 1, effective_from)
+    if announced_at is None:
+      announced_at = effective_from
+    new = Mixture(
+      np.asarray(probs), latest.version + 1, effective_from, announced_at
+    )
     # One assignment: a loader's thread may be asking `at`.
     self._mixtures = [
       m for m in self._mixtures if m.effective_from < effective_from
     ] + [new]
     return new
 
+  def in_force(self, stop: int) -> np.ndarray:
+    """What was in force since the latest announcement, float32 [K].
+
+    The mean over the batches up to `stop`; exactly the one mixture where
+    there was only one, the one of batch `stop` where there were no batches.
+    """
+    first = self.latest.announced_at
+    counts = collections.Counter(self.at(k) for k in range(first, stop))
+    if len(counts) <= 1:
+      return next(iter(counts), self.at(stop)).probs
+    probs = np.stack([mixture.probs for mixture in counts])
+    mean = np.average(probs, axis=0, weights=list(counts.values()))
+    return np.asarray(mean, np.float32)
+
   def get_state(self, since: int = 0) -> dict[str, Any]:
     """JSON-able; every float exact (a float32 is a float64 is its repr).
 
     Args:
-      since: mixtures that ended before this batch are left out.
+      since: mixtures that ended before this batch are left out, unless
+        `in_force` needs them.
     """
+    since = min(since, self.latest.announced_at)
     kept = [m for m in self._mixtures if m.effective_from > since]
     return {
       "mixtures": [
@@ -107,6 +139,7 @@ class MixtureSchedule:
           "probs": [float(p) for p in mixture.probs],
           "version": mixture.version,
           "effective_from": mixture.effective_from,
+          "announced_at": mixture.announced_at,
         }
         for mixture in (self.at(since), *kept)
       ]
@@ -123,6 +156,7 @@ class MixtureSchedule:
         np.asarray(entry["probs"], np.float32),
         int(entry["version"]),
         int(entry["effective_from"]),
+        int(entry["announced_at"]),
       )
       for entry in state["mixtures"]
     ]

@@ -384,19 +384,20 @@ class GatedSSM(nn.Module):
     blocks = self._blocks()
     h0 = decode_state if decoding else self._zeros(x.shape[0])
     x, states = blocks(x, h0, (forward, backward), held)
-    x = place(x, *rows)
+    logits = self._logits(embed, place(x, *rows))
+    return (logits, states) if decoding else logits
+
+  def _logits(self, embed: nn.Embed, x: Array) -> Array:
     x = RMSNorm(jnp.float32, name="norm")(x)
     if self.tie_embeddings:
-      logits = embed.attend(x * self.width**-0.5)
-    else:
-      logits = nn.Dense(
-        self.vocab_size,
-        use_bias=False,
-        kernel_init=_fan_in(self.width),
-        name="head",
-      )(x)
-    logits = logits.astype(jnp.float32)
-    return (logits, states) if decoding else logits
+      return embed.attend(x * self.width**-0.5).astype(jnp.float32)
+    head = nn.Dense(
+      self.vocab_size,
+      use_bias=False,
+      kernel_init=_fan_in(self.width),
+      name="head",
+    )
+    return head(x).astype(jnp.float32)
 
   def _zeros(self, batch: int) -> Array:
     blocks, kinds, *rest = self.state_shape

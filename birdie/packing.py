@@ -20,7 +20,7 @@ import numpy as np
 
 from birdie.mixture import draw
 from birdie.objectives import OBJECTIVES, Example, NotEnough
-from birdie.presets import Configuration
+from birdie.presets import Configuration, smallest_size
 from common.errors import UserError
 from common.rngs import np_rng
 
@@ -222,12 +222,10 @@ class Need:
 def smallest_need(configuration: Configuration) -> Need:
   """Asks the objective itself, with no space and with no text."""
   fn, cfg = OBJECTIVES[configuration.objective], configuration.cfg
-  rng = np_rng(0, "needs")
-  no_space = fn(np.zeros(1 << 16, np.int32), cfg, rng, 0)
-  no_text = fn(np.zeros(0, np.int32), cfg, rng, 1 << 20)
-  if isinstance(no_space, Example) or isinstance(no_text, Example):
+  no_text = fn(np.zeros(0, np.int32), cfg, np_rng(0, "needs"), 1 << 20)
+  if isinstance(no_text, Example):
     raise ValueError(f"{configuration.name} makes a sample of nothing")
-  return Need(space=no_space.needed, text=no_text.needed)
+  return Need(space=smallest_size(configuration), text=no_text.needed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def make_mixture(
   vocab: Vocabulary,
   *,
   sequence_length: int,
-  encode: Callable[[str], Sequence[int]] | None = None,
+  encode: Callable[[str], Iterable[int]] | None = None,
 ) -> Preset:
   """A mixture of the user's own.
 
@@ -166,7 +166,7 @@ def make_configuration(
   entry: Mapping[str, Any],
   vocab: Vocabulary,
   *,
-  encode: Callable[[str], Sequence[int]] | None = None,
+  encode: Callable[[str], Iterable[int]] | None = None,
 ) -> Configuration:
   """A configuration from a mapping.
 
@@ -213,7 +213,7 @@ def _weight(value: Any, what: str) -> float:
 def _paradigm(
   value: Any,
   vocab: Vocabulary,
-  encode: Callable[[str], Sequence[int]] | None,
+  encode: Callable[[str], Iterable[int]] | None,
   what: str,
 ) -> tuple[int, ...]:
   if isinstance(value, str) and encode is None:
@@ -253,63 +253,49 @@ def _paper() -> list[Entry]:
   that fits a row of 2048.
   """
   entries = _whole()
-  for (low, high), rate, span in itertools.product(
+  entries += _corrupted(
+    "infilling",
     [(128, 256), (256, 512), (512, 1024), (1024, 2048)],
-    [0.05, 0.15, 0.5],
-    [3.0, 8.0, 32.0],
-  ):
-    entries.append(
-      _entry(
-        "infilling",
-        f"{low}-{high}_rate{rate:g}_span{span:g}",
-        corruption_rate=rate,
-        mean_span=span,
-        **_bucket(low, high),
-      )
-    )
-  for objective, (low, high), rate, span in itertools.product(
-    ["autoencoding", "autoencoding_with_deshuffling"],
-    [(192, 384), (384, 768), (768, 1536)],
-    [0.15, 0.85],
-    [3.0, 8.0, 32.0],
-  ):
-    entries.append(
-      _entry(
-        objective,
-        f"{low}-{high}_rate{rate:g}_span{span:g}",
-        corruption_rate=rate,
-        mean_span=span,
-        **_bucket(low, high),
-      )
+    rates=[0.05, 0.15, 0.5],
+  )
+  for objective in ("autoencoding", "autoencoding_with_deshuffling"):
+    entries += _corrupted(
+      objective, [(192, 384), (384, 768), (768, 1536)], rates=[0.15, 0.85]
     )
   for low, high in [(64, 256), (256, 1024)]:
     entries.append(_entry("copying", f"{low}-{high}", **_bucket(low, high)))
   for (low, high), share in itertools.product(
     [(128, 256), (512, 1024)], [0.5, 1.0]
   ):
-    entries.append(
-      _entry(
-        "deshuffling",
-        f"{low}-{high}_share{share:g}",
-        shuffle_rate=share,
-        **_bucket(low, high),
-      )
-    )
+    name, controls = f"{low}-{high}_share{share:g}", _bucket(low, high)
+    entries.append(_entry("deshuffling", name, shuffle_rate=share, **controls))
   for count, order, (low, high) in itertools.product(
     [1, 2, 3, 4],
     ["query_context", "context_query"],
     [(384, 768), (768, 1536)],
   ):
-    entries.append(
-      _entry(
-        "selective_copying",
-        f"{low}-{high}_spans{count}_{order}",
-        num_spans=count,
-        order=order,
-        **_bucket(low, high),
-      )
-    )
+    name = f"{low}-{high}_spans{count}_{order}"
+    controls = {"num_spans": count, "order": order, **_bucket(low, high)}
+    entries.append(_entry("selective_copying", name, **controls))
   return entries
+
+
+def _corrupted(
+  objective: str, buckets: Sequence[tuple[int, int]], *, rates: Sequence[float]
+) -> list[Entry]:
+  """Every bucket with every rate and mean spans of 3, 8 and 32."""
+  return [
+    _entry(
+      objective,
+      f"{low}-{high}_rate{rate:g}_span{span:g}",
+      corruption_rate=rate,
+      mean_span=span,
+      **_bucket(low, high),
+    )
+    for (low, high), rate, span in itertools.product(
+      buckets, rates, [3.0, 8.0, 32.0]
+    )
+  ]
 
 
 def _small(length: int) -> list[Entry]:

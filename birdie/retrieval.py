@@ -28,8 +28,16 @@ class RetrievalEvaluation:
   def __init__(self, cfg: Any, model: Any, corpus: Any):
     # One device holds the model here: no mesh axis for time.
     self._model = model.clone(seq_axis=None)
-    self._cfg = cfg
+    self._batch = cfg.batch_size
     self._corpus = corpus
+    self._books = tasks.PhoneBooks(
+      corpus.tokenizer,
+      books=cfg.books,
+      entries=cfg.entries,
+      lookups=cfg.lookups,
+      seed=BOOK_SEED,
+      paradigm=corpus.vocab.paradigms["prefix_language_modeling"],
+    )
 
   def __call__(self, state: TrainState) -> dict[str, float]:
     """Returns `retrieval/...` scalars."""
@@ -42,18 +50,17 @@ class RetrievalEvaluation:
         gen=vocab.gen,
         stop=vocab.eos,
       )
-      scores = tasks.evaluate_phone_books(
-        answer,
-        self._corpus.tokenizer,
-        books=self._cfg.books,
-        entries=self._cfg.entries,
-        lookups=self._cfg.lookups,
-        seed=BOOK_SEED,
-        paradigm=vocab.paradigms["prefix_language_modeling"],
-      )
+      scores = self._books.evaluate(answer)
     return {f"retrieval/{name}": value for name, value in scores.items()}
 
   def _generate(self, params, prompts, max_new_tokens, **settings):
-    return decode.generate(
-      self._model, params, prompts, max_new_tokens=max_new_tokens, **settings
-    )
+    answers = []
+    for start in range(0, len(prompts), self._batch):
+      answers += decode.generate(
+        self._model,
+        params,
+        prompts[start : start + self._batch],
+        max_new_tokens=max_new_tokens,
+        **settings,
+      )
+    return answers

@@ -124,58 +124,6 @@ def _listed(names: Sequence[str]) -> str:
   return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def max_entries_for(
-  tokens: int,
-  tokenizer: Tokenizer,
-  *,
-  lookups: int,
-  books: int,
-  seed: int,
-  layout: str = LAYOUTS[0],
-) -> int:
-  """How large the first `books` books of a seed may be to fit a budget.
-
-  Args:
-    tokens: of prompt and label together, without special tokens.
-    tokenizer: text to tokens.
-    lookups: people asked for in each book.
-    books: how many.
-    seed: of the books.
-    layout: one of `LAYOUTS`.
-
-  Returns:
-    A number of entries with which every book fits.
-
-  Raises:
-    UserError: when not even `lookups` entries fit.
-  """
-
-  def longest(entries: int) -> int:
-    tasks = (
-      phone_book(seed, i, entries=entries, lookups=lookups, layout=layout)
-      for i in range(books)
-    )
-    return max(
-      len(tokenizer.encode(t.prompt)) + len(tokenizer.encode(t.label))
-      for t in tasks
-    )
-
-  need = longest(lookups)
-  if need > tokens:
-    raise UserError(
-      f"phone book: lookups={lookups} need {need} tokens, more than the "
-      f"{tokens} there are: ask for fewer"
-    )
-  fits, too_many = lookups, MOST_ENTRIES + 1
-  while too_many - fits > 1:
-    middle = (fits + too_many) // 2
-    if longest(middle) <= tokens:
-      fits = middle
-    else:
-      too_many = middle
-  return fits
-
-
 def score_numbers(answer: str, label: str) -> tuple[float, float]:
   """How much of a label an answer has right.
 
@@ -204,21 +152,10 @@ def _digits(text: str) -> str:
 Generate = Callable[[list[np.ndarray], int], list[np.ndarray]]
 
 
-def evaluate_phone_books(
-  generate: Generate,
-  tokenizer: Tokenizer,
-  *,
-  books: int,
-  entries: int,
-  lookups: int,
-  seed: int,
-  paradigm: Sequence[int] = (),
-  layout: str = "question_context_question",
-) -> dict[str, float]:
-  """Digit and exact-number accuracy over some books.
+class PhoneBooks:
+  """Some books and the scores of their answers.
 
   Args:
-    generate: `(prompts, max_new_tokens) -> continuations`.
     tokenizer: text to tokens and back.
     books: how many.
     entries: people in each.
@@ -227,32 +164,54 @@ def evaluate_phone_books(
     paradigm: tokens in front of every prompt.
     layout: one of `LAYOUTS`.
 
-  Returns:
-    `digit_accuracy`, `exact_accuracy`, and `chance`, the digit accuracy of
-    guesses.
-
   Raises:
     UserError: for no books, or sizes that do not fit.
   """
-  if books < 1:
-    raise UserError(f"phone book: books={books} must be at least 1")
-  tasks = [
-    phone_book(seed, i, entries=entries, lookups=lookups, layout=layout)
-    for i in range(books)
-  ]
-  prompts = [
-    np.concatenate([paradigm, tokenizer.encode(t.prompt)]).astype(np.int32)
-    for t in tasks
-  ]
-  longest = max(len(tokenizer.encode(t.label)) for t in tasks)
-  answers = generate(prompts, longest)
-  scores = [
-    score_numbers(tokenizer.decode(answer), task.label)
-    for answer, task in zip(answers, tasks, strict=True)
-  ]
-  digit, exact = np.mean(scores, axis=0)
-  return {
-    "digit_accuracy": float(digit),
-    "exact_accuracy": float(exact),
-    "chance": CHANCE,
-  }
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    *,
+    books: int,
+    entries: int,
+    lookups: int,
+    seed: int,
+    paradigm: Sequence[int] = (),
+    layout: str = "question_context_question",
+  ):
+    if books < 1:
+      raise UserError(f"phone book: books={books} must be at least 1")
+    self._tokenizer = tokenizer
+    self.tasks = [
+      phone_book(seed, i, entries=entries, lookups=lookups, layout=layout)
+      for i in range(books)
+    ]
+    self.prompts = [
+      np.concatenate([paradigm, tokenizer.encode(t.prompt)]).astype(np.int32)
+      for t in self.tasks
+    ]
+    self.max_new_tokens = max(
+      len(tokenizer.encode(t.label)) for t in self.tasks
+    )
+
+  def evaluate(self, generate: Generate) -> dict[str, float]:
+    """Digit and exact-number accuracy over the books.
+
+    Args:
+      generate: `(prompts, max_new_tokens) -> continuations`.
+
+    Returns:
+      `digit_accuracy`, `exact_accuracy`, and `chance`, the digit accuracy of
+      guesses.
+    """
+    answers = generate(self.prompts, self.max_new_tokens)
+    scores = [
+      score_numbers(self._tokenizer.decode(answer), task.label)
+      for answer, task in zip(answers, self.tasks, strict=True)
+    ]
+    digit, exact = np.mean(scores, axis=0)
+    return {
+      "digit_accuracy": float(digit),
+      "exact_accuracy": float(exact),
+      "chance": CHANCE,
+    }

@@ -18,6 +18,7 @@ from birdie.models import RULES, make_model, token_metrics
 from birdie.report import make_spec
 from birdie.retrieval import RetrievalEvaluation
 from common import hooks as hooks_lib
+from common.config import flatten
 from common.errors import UserError
 from common.metrics import Mean
 from common.optim import make_optimizer
@@ -33,12 +34,13 @@ from common.report import write_report
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import LossFn, make_train_step
-from common.train import train
+from common.train import Hook, train
 from common.workdir import Workdir
 
 log = logging.getLogger(__name__)
 
-# Keys that may change when a run is resumed: they change no number in it.
+# Keys that may change when a run is resumed: the batches stay the same, and so
+# do all numbers, but for the order of sums on another mesh.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
         "data.prefetch", "mesh")  # fmt: skip
 
@@ -117,12 +119,15 @@ def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
     corpus: only its vocabulary is looked at.
 
   Raises:
-    UserError: for a mesh that does not fit the devices, a batch that does not
-      fit the mesh, unknown names.
+    UserError: for counts below 1, a mesh that does not fit the devices, a
+      batch that does not fit the mesh, unknown names.
   """
+  check_counts(config)
   mesh = make_mesh(config.mesh.to_dict())
   check_batch(config, mesh)
-  configurations = data_lib.make_configurations(config, corpus.vocab)
+  configurations = data_lib.make_configurations(
+    config, corpus.vocab, corpus.tokenizer.encode
+  )
   curriculum = Curriculum.of(configurations)
   model = make_model(config.model, corpus.vocab.size)
   eval_steps = controller.eval_steps(
@@ -141,6 +146,7 @@ def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
         jax.random.fold_in(key, 1),
         classes=curriculum.classes,
         capacity=len(eval_steps),
+        probs=data_lib.first_mixture(configurations),
       )
     return TrainState.create(params, tx, extra)
 
@@ -176,6 +182,25 @@ def controller_config(config: Any) -> controller.ControllerConfig:
   return controller.ControllerConfig(**settings)
 
 
+# Settings that count something, with the least that makes sense.
+_LEAST = {
+  "num_steps": 1, "accum": 1, "data.sequence_length": 2, "data.batch_size": 1,
+  "data.pack_rows": 1, "data.workers": 0, "data.prefetch": 0,
+  "evaluation.rows": 1, "evaluation.batch_size": 1, "retrieval.every": 0,
+  "retrieval.books": 1, "retrieval.batch_size": 1, "log.every": 1,
+  "checkpoint.every": 1, "checkpoint.keep": 1, "profile.start": 0,
+  "profile.count": 0,
+}  # fmt: skip
+
+
+def check_counts(config: Any) -> None:
+  """Raises `UserError` for the first setting below its least value."""
+  flat = flatten(config)
+  for key, least in _LEAST.items():
+    if flat[key] < least:
+      raise UserError(f"{key}={flat[key]} must be at least {least}")
+
+
 def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
   """Refuses batches that cannot be dealt out evenly.
 
@@ -202,6 +227,9 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains to the end, or on from where the folder left off.
 
+  Everything that may refuse the configuration or the text comes before the
+  folder is touched.
+
   Args:
     config: see `configs/birdie.py`.
     workdir: the run's folder.
@@ -211,101 +239,133 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """
   corpus = data_lib.make_corpus(config)
   setup = make_setup(config, corpus)
-  folder = Workdir(
-    workdir,
-    config,
-    free=FREE,
-    facts=corpus.facts(),
-    pinned=("text_hash",),
-    keep=config.checkpoint.keep,
-    best="eval/loss" if config.checkpoint.keep_best else None,
-    tensorboard=config.log.tensorboard,
-  )
-  if jax.process_index() == 0:
-    make_spec(config).save(folder.path)
-  loader = data_lib.train_loader(
-    config, corpus, setup.configurations, sharding=setup.sharding
-  )
   with contextlib.ExitStack() as stack:
-    stack.callback(folder.close)
-    stack.callback(loader.close)
-    state = _run(config, setup, folder, loader, stack)
+    loader = stack.enter_context(
+      data_lib.train_loader(
+        config, corpus, setup.configurations, sharding=setup.sharding
+      )
+    )
+    evaluator = make_evaluator(config, setup)
+    retrieval = RetrievalEvaluation(config.retrieval, setup.model, corpus)
+    folder = stack.enter_context(
+      Workdir(
+        workdir,
+        config,
+        free=FREE,
+        facts=corpus.facts(),
+        pinned=("text_hash",),
+        keep=config.checkpoint.keep,
+        best="eval/loss" if config.checkpoint.keep_best else None,
+        tensorboard=config.log.tensorboard,
+      )
+    )
+    if jax.process_index() == 0:
+      make_spec(config).save(folder.path)
+    progress = stack.enter_context(
+      ProgressBar(config.num_steps, name="birdie", loss_key="train/loss")
+    )
+    hooks = make_hooks(config, setup, folder, progress, evaluator, retrieval)
+    stack.enter_context(hooks.preemption)
+    state = folder.resume(setup.create, setup.abstract, loader, hooks.host)
+    log.info(
+      "%s",
+      startup_report(setup.mesh, state, global_batch=config.data.batch_size),
+    )
+    progress.start(int(state.step))
+    step_fn = make_train_step(
+      make_loss_fn(setup.model, setup.curriculum),
+      setup.tx,
+      RngStreams(config.seed),
+      accum=config.accum,
+    )
+    state = train(
+      state,
+      step_fn,
+      loader,
+      num_steps=config.num_steps,
+      hooks=hooks.in_order,
+      mesh=setup.mesh,
+    )
   if jax.process_index() == 0:
     log.info("report: %s", write_report(folder.path))
   return state
 
 
-def _run(config, setup: Setup, folder: Workdir, loader, stack) -> TrainState:
-  """Hooks, state, loop."""
-  progress = stack.enter_context(
-    ProgressBar(config.num_steps, name="birdie", loss_key="train/loss")
-  )
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+  """A run's hooks.
+
+  Attributes:
+    in_order: all of them, as the loop calls them.
+    host: those whose state is saved, by name.
+    preemption: to be entered while the loop runs.
+  """
+
+  in_order: Sequence[Hook]
+  host: Mapping[str, Any]
+  preemption: hooks_lib.PreemptionHook
+
+
+def make_hooks(
+  config: Any,
+  setup: Setup,
+  folder: Workdir,
+  progress: ProgressBar,
+  evaluator: Evaluator,
+  retrieval: RetrievalEvaluation,
+) -> Hooks:
+  """Guard, log, evaluate, save, preempt, profile: in this order."""
   guard = hooks_lib.StopOnNonFinite()
-  logs = hooks_lib.LogHook(
-    config.log.every,
-    folder.writer,
-    progress,
-    examples_per_step=config.data.batch_size * config.data.sequence_length,
-    extra=lambda step: {
-      "train/learning_rate": float(setup.learning_rate(step))
-    },
-  )
-  evaluation = make_evaluation(config, setup, folder)
-  retrieval = hooks_lib.EvaluateHook(
-    config.retrieval.every,
-    RetrievalEvaluation(config.retrieval, setup.model, setup.corpus),
-    folder.writer,
-  )
+  host: dict[str, Any] = {
+    "log": hooks_lib.LogHook(
+      config.log.every,
+      folder.writer,
+      progress,
+      examples_per_step=config.data.batch_size * config.data.sequence_length,
+      extra=lambda step: {
+        "train/learning_rate": float(setup.learning_rate(step))
+      },
+    ),
+    "evaluation": make_evaluation(config, setup, folder, evaluator),
+    "retrieval": hooks_lib.EvaluateHook(
+      config.retrieval.every, retrieval, folder.writer
+    ),
+  }
   checkpoint = hooks_lib.CheckpointHook(
     config.checkpoint.every,
     folder.checkpointer,
-    host={"log": logs, "evaluation": evaluation, "retrieval": retrieval},
+    host=host,
     guard=guard,
-    metrics=lambda: evaluation.latest,
+    metrics=host["evaluation"].measured_at,
   )
-  preemption = stack.enter_context(hooks_lib.PreemptionHook(checkpoint))
-  hooks = [guard, logs, evaluation, retrieval, checkpoint, preemption]
+  preemption = hooks_lib.PreemptionHook(checkpoint)
+  profile = hooks_lib.ProfileHook(
+    str(folder.path / "profile"),
+    start=config.profile.start,
+    count=config.profile.count,
+  )
+  in_order = [guard, *host.values(), checkpoint, preemption]
   if config.profile.count:
-    hooks.append(
-      hooks_lib.ProfileHook(
-        str(folder.path / "profile"),
-        start=config.profile.start,
-        count=config.profile.count,
-      )
-    )
-  host: Mapping[str, Any] = {
-    "log": logs, "evaluation": evaluation, "retrieval": retrieval,
-  }  # fmt: skip
-  state = folder.resume(setup.create, setup.abstract, loader, host)
-  log.info(
-    "%s",
-    startup_report(setup.mesh, state, global_batch=config.data.batch_size),
-  )
-  progress.start(int(state.step))
-  step_fn = make_train_step(
-    make_loss_fn(setup.model, setup.curriculum),
-    setup.tx,
-    RngStreams(config.seed),
-    accum=config.accum,
-  )
-  return train(
-    state,
-    step_fn,
-    loader,
-    num_steps=config.num_steps,
-    hooks=hooks,
-    mesh=setup.mesh,
-  )
+    in_order.append(profile)
+  return Hooks(in_order, host, preemption)
 
 
-def make_evaluation(config, setup: Setup, folder: Workdir) -> EvaluationHook:
-  """The controller where it is enabled, plain evaluation otherwise."""
-  evaluator = Evaluator(
+def make_evaluator(config: Any, setup: Setup) -> Evaluator:
+  """Losses of every configuration on held-out text."""
+  return Evaluator(
     setup.model,
-    data_lib.eval_batches(config, setup.corpus, setup.configurations),
+    data_lib.eval_batches(
+      config, setup.corpus, setup.configurations, sharding=setup.sharding
+    ),
     num_configs=len(setup.configurations),
     sharding=setup.sharding,
   )
+
+
+def make_evaluation(
+  config: Any, setup: Setup, folder: Workdir, evaluator: Evaluator
+) -> EvaluationHook:
+  """The controller where it is enabled, plain evaluation otherwise."""
   common = {
     "steps": setup.eval_steps,
     "evaluator": evaluator,

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 SPECIALS = ("pad", "gen", "eos", "sep")
 MARKERS = ("start", "end", "context", "done")
@@ -63,25 +64,16 @@ class Vocabulary:
     ids = single | announced | set(self.sentinels)
     return frozenset(i for i in ids if i not in self.text)
 
-  def with_paradigms(
-    self,
-    paradigms: Mapping[str, int | str | Sequence[int]],
-    encode: Callable[[str], Sequence[int]],
-  ) -> "Vocabulary":
-    """Other announcements: an id, several, or a string to be tokenized."""
-    changed = dict(self.paradigms)
-    for name, value in paradigms.items():
-      changed[name] = as_ids(value, encode)
-    return dataclasses.replace(self, paradigms=changed)
-
 
 def as_ids(
-  value: int | str | Sequence[int], encode: Callable[[str], Sequence[int]]
+  value: int | str | Sequence[int], encode: Callable[[str], Iterable[int]]
 ) -> tuple[int, ...]:
   """Ids of an id, of several, or of a string that `encode` tokenizes."""
+  ids: Iterable[Any]
   if isinstance(value, str):
-    value = encode(value)
-  ids = value if isinstance(value, Iterable) else (value,)
+    ids = encode(value)
+  else:
+    ids = value if isinstance(value, Iterable) else (value,)
   return tuple(operator.index(i) for i in ids)
 
 

@@ -14,11 +14,13 @@ and refusals come at once.
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -29,9 +31,9 @@ from ml_collections import ConfigDict
 from common import config as config_lib
 from common import flags
 from common.errors import Preempted, UserError
-from common.logs import logging_to, one_line
+from common.logs import logging_to, one_line, quiet_libraries
 
-__all__ = ["Preempted", "UserError", "call", "make_workdir", "run"]
+__all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
 COMPILE_CACHE = "~/.cache/tetrad/xla"
 
@@ -55,6 +57,7 @@ def run(
     example: a command that works, for `--help`.
     argv: the arguments; by default the process's own.
   """
+  is_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
   parser = _make_parser(name, description, example)
 
@@ -78,13 +81,15 @@ def run(
     with logging_to(workdir, own={"common", name, "__main__"}):
       main(config, workdir)
 
-  _leave(call(start))
+  leave(call(start), at_once=is_process)
 
 
 def call(function: Callable[[], Any]) -> int:
   """Calls `function` and returns the exit status that its end means."""
+  quiet_libraries()
   try:
-    function()
+    with _quiet_threads():
+      function()
   except UserError as error:
     return _say(2, f"error: {one_line(error)}")
   except Preempted as error:
@@ -92,9 +97,11 @@ def call(function: Callable[[], Any]) -> int:
   except KeyboardInterrupt:
     return _say(130, "interrupted")
   except Exception as error:
-    full = next(filter(_is_disk_full, _chain(error)), None)
-    if full is not None:
-      return _say(1, f"error: {one_line(full)}")
+    full = [e for e in _chain(error) if _is_disk_full(e)]
+    # While everything is closed others follow, which know no place.
+    placed = [e for e in full if getattr(e, "filename", None)]
+    if full:
+      return _say(1, f"error: {one_line((placed or full)[-1])}")
     traceback.print_exc()
     return 1
   return 0
@@ -103,6 +110,30 @@ def call(function: Callable[[], Any]) -> int:
 def _say(status: int, line: str) -> int:
   print(line, file=sys.stderr)
   return status
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+  """Keeps from the terminal what writers' threads say of a full disk, and
+  tensorstore's of the event loop of a save or a restore that has failed.
+
+  Both come to the main thread as an error, which ends in one line.
+  """
+  before = threading.excepthook, sys.unraisablehook
+
+  def in_thread(args: threading.ExceptHookArgs) -> None:
+    if not any(map(_is_disk_full, _chain(args.exc_value))):
+      before[0](args)
+
+  def stray(args: Any) -> None:
+    if str(args.exc_value) != "Event loop is closed":
+      before[1](args)
+
+  threading.excepthook, sys.unraisablehook = in_thread, stray
+  try:
+    yield
+  finally:
+    threading.excepthook, sys.unraisablehook = before
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -118,16 +149,19 @@ def _is_disk_full(error: BaseException) -> bool:
   return is_full or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _leave(status: int) -> NoReturn:
-  """Exits; at once if this process fails while others wait for it."""
-  jax = sys.modules.get("jax")
-  if (
-    status not in (0, 143)
-    and jax is not None
-    and jax.distributed.is_initialized()
-  ):
-    # jax's exit handler waits for all processes, but they may be waiting in
-    # a collective for this one. Gone without a word, it takes them along.
+def leave(status: int, *, at_once: bool = True) -> NoReturn:
+  """Exits; a process that fails while jax is at work does so at once.
+
+  Exit handlers would wait for other processes, which may be waiting in a
+  collective for this one: gone without a word, it takes them along. And they
+  would take the backend from under computations that an interrupt has left
+  running.
+
+  Args:
+    status: of the exit.
+    at_once: False where the interpreter is somebody else's.
+  """
+  if at_once and status not in (0, 143) and "jax" in sys.modules:
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

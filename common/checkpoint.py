@@ -145,8 +145,8 @@ class Checkpointer:
     """Restores the newest readable checkpoint.
 
     A checkpoint that cannot be read is reported, and the one before it is
-    taken; once that one has been read, the broken one is moved to
-    `unreadable/` beside the checkpoints, so that its step can be saved anew.
+    taken; once that one has been read, the broken one is moved to the folder
+    `checkpoints.unreadable`, so that its step can be saved anew.
 
     Args:
       abstract_state: `ShapeDtypeStruct`s with the shardings to restore to;
@@ -162,9 +162,13 @@ class Checkpointer:
     """
     failures: dict[int, Exception] = {}
     for step in reversed(self.steps):
+      read, error = None, None
       try:
-        state, position, saved = self._read(step, abstract_state)
-      except Exception as error:  # whatever a broken file makes a reader raise
+        read = self._read(step, abstract_state)
+      except Exception as reason:  # whatever a broken file makes a reader raise
+        error = reason
+      if not _everywhere(read is not None):
+        error = error or ValueError("another process cannot read it")
         failures[step] = error
         log.warning(
           "checkpoint %d cannot be read (%s); trying the one before it",
@@ -172,6 +176,8 @@ class Checkpointer:
           _first_line(error),
         )
         continue
+      assert read is not None
+      state, position, saved = read
       self._set_aside(failures)
       if data is not None:
         data.set_state(position)
@@ -264,6 +270,13 @@ class _DiskErrors:
         self._directory,
       ) from error
     return False
+
+
+def _everywhere(holds: bool) -> bool:
+  """Whether something holds on every process."""
+  if jax.process_count() == 1:
+    return holds
+  return bool(np.all(multihost_utils.process_allgather(np.array(holds))))
 
 
 def load_params(

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from common import files
 from common.errors import UserError
 
 FILE_NAME = "config.json"
@@ -242,10 +243,7 @@ def save_config(workdir: str | os.PathLike[str], config: Config) -> None:
   """Writes `config.json`; a reader sees the old file or the new one."""
   from etils import epath
 
-  path = epath.Path(workdir) / FILE_NAME
-  new = path.with_name(f"{FILE_NAME}.new")
-  new.write_text(to_json(config))
-  new.replace(path)
+  files.replace(epath.Path(workdir) / FILE_NAME, to_json(config))
 
 
 def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:

@@ -200,7 +200,8 @@ class CheckpointHook:
     checkpointer: where.
     host: named objects to save with it.
     guard: asked first, so that no bad state is ever saved.
-    metrics: values to rank the checkpoint by.
+    metrics: step -> values to rank that step's checkpoint by; empty where
+      nothing was measured at it.
   """
 
   def __init__(
@@ -210,7 +211,7 @@ class CheckpointHook:
     *,
     host: Mapping[str, Stateful],
     guard: StopOnNonFinite | None = None,
-    metrics: Callable[[], Mapping[str, float]] = dict,
+    metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
   ):
     self.every = every
     self.checkpointer = checkpointer
@@ -229,7 +230,7 @@ class CheckpointHook:
       info.state,
       info.data,  # type: ignore[arg-type]
       self._host,
-      metrics=self._metrics(),
+      metrics=self._metrics(info.step),
     )
     self._saved = info.step
 

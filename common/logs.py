@@ -16,6 +16,20 @@ def one_line(error: BaseException) -> str:
   return " ".join(str(error).split())
 
 
+def _is_fatal(record: logging.LogRecord) -> bool:
+  return record.levelno >= logging.CRITICAL
+
+
+def quiet_libraries() -> None:
+  """Keeps what Orbax and TFDS log from the terminal.
+
+  They raise their errors as well, and those are said in our own lines. A line
+  that cannot be logged, as on a full disk, is lost without a traceback.
+  """
+  logging.getLogger("absl").addFilter(_is_fatal)
+  logging.raiseExceptions = False
+
+
 @contextlib.contextmanager
 def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
   """Logs to the terminal and, in process 0, to the run's `run.log`.

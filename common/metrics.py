@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from common import files
 from common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -165,9 +166,7 @@ class MetricWriter:
     kept = [line for line in read_metrics(self._path) if line["step"] <= step]
     self._before = kept[-1]["time_run"] if kept else 0.0
     self._start = time.monotonic()
-    new = self._path.with_name(f"{FILE_NAME}.new")
-    new.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    new.replace(self._path)
+    files.replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
   def close(self) -> None:
     """Closes the event file; writing after it is an error there."""

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from common import files
 from common.errors import UserError
 from common.plots import Palette, Plot, draw, select
 
@@ -70,7 +71,7 @@ class ReportSpec:
   def save(self, workdir: str | os.PathLike[str]) -> None:
     """Writes `report.json`."""
     text = json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-    _replace(_folder(workdir) / SPEC_NAME, text.encode())
+    files.replace(_folder(workdir) / SPEC_NAME, text)
 
   @classmethod
   def load(cls, workdir: str | os.PathLike[str]) -> "ReportSpec":
@@ -124,7 +125,7 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
   parts += _plot_sections(spec.plots, lines, folder)
   parts.append(_config_section(config))
   text = "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
-  _replace(folder / FILE_NAME, text.encode())
+  files.replace(folder / FILE_NAME, text)
   return os.fspath(folder / FILE_NAME)
 
 
@@ -176,7 +177,7 @@ def _plot_sections(plots: Sequence[Plot], lines, folder: Any) -> list[str]:
       if name in taken:
         raise ValueError(f"two plots would be written to {PLOTS}/{name}")
       taken.add(name)
-      _replace(folder / PLOTS / name, png)
+      files.replace(folder / PLOTS / name, png)
       body = f"![{plot.title}]({PLOTS}/{name})"
     sections.append(
       "\n\n".join(filter(None, (f"## {plot.title}", body, plot.note)))
@@ -240,13 +241,6 @@ def _read_json(path: Any) -> dict[str, Any]:
   return content
 
 
-def _replace(path: Any, content: bytes) -> None:
-  """A reader sees the old file or the new one."""
-  new = path.with_name(f"{path.name}.new")
-  new.write_bytes(content)
-  new.replace(path)
-
-
 def main(argv: Sequence[str]) -> None:
   """Writes the report of one run's folder and prints where it is."""
   from common.flags import Parser
@@ -264,4 +258,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
   from common import app
 
-  sys.exit(app.call(lambda: main(sys.argv[1:])))
+  app.leave(app.call(lambda: main(sys.argv[1:])))

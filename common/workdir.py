@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from common import config as config_lib
+from common import files
 from common.checkpoint import Checkpointer, Stateful
 from common.errors import UserError
 from common.metrics import MetricWriter
@@ -28,8 +29,9 @@ class Workdir:
 
   Args:
     path: the folder; made if missing.
-    config: the resolved configuration. A folder that holds another one is
-      refused, with the keys that differ.
+    config: the resolved configuration. A folder whose checkpoints come from
+      another one is refused, with the keys that differ; before the first
+      checkpoint there is nothing to lose, and the new one takes its place.
     free: keys that may change on resume (logging, number of workers, ...).
     facts: what the report should state besides configuration and versions.
       Facts named in `pinned` must not change either.
@@ -54,18 +56,37 @@ class Workdir:
     self.path = epath.Path(path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
-    config_lib.check_resume(self.path, config, free=free)
     facts = _with_versions(facts or {})
-    self._check_facts(facts, pinned)
+    self.checkpointer = Checkpointer(
+      self.path / "checkpoints", keep=keep, best=best
+    )
+    if self.checkpointer.steps:
+      self._check_resume(config, free, facts, pinned)
     if is_writer:
       config_lib.save_config(self.path, config)
       write_json(self.path / "facts.json", facts)
     self.writer = MetricWriter(
       self.path, tensorboard=tensorboard, is_writer=is_writer
     )
-    self.checkpointer = Checkpointer(
-      self.path / "checkpoints", keep=keep, best=best
-    )
+
+  def __enter__(self) -> "Workdir":
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    self.close()
+
+  def _check_resume(self, config, free, facts, pinned) -> None:
+    try:
+      if not (self.path / config_lib.FILE_NAME).exists():
+        raise UserError(
+          f"{self.path} holds checkpoints but no {config_lib.FILE_NAME}: "
+          "restore it or choose another --workdir"
+        )
+      config_lib.check_resume(self.path, config, free=free)
+      self._check_facts(facts, pinned)
+    except UserError:
+      self.checkpointer.close()
+      raise
 
   def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):
     file = self.path / "facts.json"
@@ -117,9 +138,7 @@ class Workdir:
 
 def write_json(path: epath.Path, content: Any) -> None:
   """Writes JSON so that a reader sees the old file or the new one."""
-  new = path.with_name(f"{path.name}.new")
-  new.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-  new.replace(path)
+  files.replace(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _with_versions(facts: Mapping[str, Any]) -> dict[str, Any]:

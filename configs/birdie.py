@@ -20,8 +20,10 @@ from common.config import apply_variants
 def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the configuration; `arg` names variants."""
   config = ConfigDict()
+  # train | data_report: print what the mixture makes of the text, and end.
+  config.mode = "train"
   config.seed = 0
-  config.num_steps = 800
+  config.num_steps = 400
   config.accum = 1  # micro-batches a step
   config.compile_cache = "~/.cache/tetrad/xla"  # "" switches it off
 
@@ -55,6 +57,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.mixture.preset = "birdie"
   config.mixture.grid = "small"  # small | paper: which configurations
   config.mixture.paradigm_append_prob = 0.5
+  # A mixture of your own in the preset's place: dicts with `objective`, and as
+  # you like `name`, `cls`, `weight` and the objective's controls. See
+  # birdie/README.md; it can only be set in a file like this one.
+  config.mixture.entries = ()
 
   config.model = ConfigDict()
   config.model.name = "gated_ssm"
@@ -78,36 +84,54 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.optim.final_ratio = 0.1
   config.optim.b1 = 0.9
   config.optim.b2 = 0.95
+  config.optim.eps = 1e-8
+  config.optim.momentum = 0.9  # sgd
+  config.optim.nesterov = False  # sgd
   config.optim.weight_decay = 0.1
+  # Regexes of parameters. The paper spares the forget gates from decay (A.8).
+  config.optim.no_decay = (
+    r"(^|/)(scale|bias|\w+_bias|embedding)$",
+    r"(^|/)forget/kernel$",
+  )
+  config.optim.frozen = ()
   config.optim.clip_norm = 1.0
 
   config.controller = ConfigDict()
   config.controller.enabled = True
   # Steps between evaluations; "paper" is 10, 50, 250, 500, 1000, 1500, 2000
   # and every 1000 from there.
-  config.controller.schedule = "80"
-  config.controller.warmup_end = 80  # the mixture stays uniform until then
+  config.controller.schedule = "50"
+  config.controller.warmup_end = 50  # the mixture stays uniform until then
   config.controller.hidden = 64
   config.controller.layers = 4
   config.controller.fit_steps = 200
+  config.controller.lr = 5e-4  # of the reward model
+  config.controller.weight_decay = 0.1
+  config.controller.clip_norm = 1.0
+  config.controller.noise = 0.02
   config.controller.num_candidates = 2048
   config.controller.top_k = 8
   config.controller.proposal = "mixed"  # mixed | uniform
   config.controller.min_prob = 0.005
   config.controller.max_prob = 1.0
+  # The chance to explore: at first, from 10 % of the run, from half of it.
+  config.controller.explore_first = 1.0
+  config.controller.explore_start = 0.5
+  config.controller.explore_floor = 0.2
 
   config.evaluation = ConfigDict()
   config.evaluation.rows = 4  # packed rows of held-out text a configuration
   config.evaluation.batch_size = 8
 
   config.retrieval = ConfigDict()
-  config.retrieval.every = 400
+  config.retrieval.every = 200
   config.retrieval.books = 16
   config.retrieval.entries = 8
   config.retrieval.lookups = 2
+  config.retrieval.batch_size = 16  # books that are answered together
 
   config.log = ConfigDict({"every": 10, "tensorboard": False})
-  config.checkpoint = ConfigDict({"every": 100, "keep": 2, "keep_best": True})
+  config.checkpoint = ConfigDict({"every": 50, "keep": 2, "keep_best": True})
   config.profile = ConfigDict({"start": 20, "count": 0})  # 0 steps: none
 
   return apply_variants(config, arg, VARIANTS)

@@ -164,7 +164,7 @@ class _Crew:
 
   def __init__(self, fetch: Callable, sharding: Any, workers: int):
     self._fetch = fetch
-    self._place = _Placer(sharding)
+    self._place = Placer(sharding)
     self._stopping = False
     self._pool = _make_pool(fetch, workers) if workers else None
     self._tasks: queue.SimpleQueue = queue.SimpleQueue()
@@ -211,8 +211,13 @@ class _Crew:
       task = result = make = value = None
 
 
-class _Placer:
-  """Puts this process's rows on its devices, as global arrays."""
+class Placer:
+  """Puts this process's rows on its devices, as global arrays.
+
+  Args:
+    sharding: where, rows along the first axis; it is cut to an array's rank.
+      Batches stay as they are if None.
+  """
 
   def __init__(self, sharding: Any):
     self._sharding = sharding

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
     return _tfds_text(cfg)
   files = find_files(cfg.path)
   if cfg.kind == "text":
-    detail = cfg.get("separator", "").encode().decode("unicode_escape")
+    detail = _unescaped(cfg.get("separator", ""))
     read = lambda file: _text_documents(file, detail)  # noqa: E731
   elif cfg.kind == "jsonl":
     detail = _text_key(cfg)
@@ -137,6 +138,23 @@ def find_files(path: str | Sequence[str]) -> list[str]:
       )
     files += found
   return files
+
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "\\": "\\"}
+
+
+def _unescaped(separator: str) -> str:
+  """What escapes stand for; a shell hands them over as they are written."""
+
+  def one(match: re.Match) -> str:
+    if match[1] not in _ESCAPES:
+      raise UserError(
+        f"data.source.separator={separator!r}: {match[0]!r} means nothing; "
+        f"escapes are {', '.join(chr(92) + name for name in _ESCAPES)}"
+      )
+    return _ESCAPES[match[1]]
+
+  return re.sub(r"\\(.?)", one, separator, flags=re.DOTALL)
 
 
 def _fingerprint(files: Sequence[str], *details: str) -> str:

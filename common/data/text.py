@@ -5,6 +5,7 @@ memory or mapped from a cache on disk. Everything that reads it is random
 access, so any number of processes and workers can share one position.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,6 +15,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, Protocol
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 SPLITS = {"train": 90, "validation": 5, "test": 5}
 # Part of every cache key: raise it when the files' layout changes.
 _FORMAT = 1
+_ABANDONED_SECONDS = 24 * 60 * 60
 
 
 class Source(Protocol):
@@ -74,9 +77,9 @@ class TokenStore:
     Raises:
       UserError: when no document is left; it says `name`.
     """
-    writer = _Writer(_token_dtype(tokenizer))
+    writer = _Writer(_token_dtype(tokenizer, None))
     for text in texts:
-      writer.add(tokenizer.encode(text), tokenizer.vocab_size)
+      writer.add(tokenizer.encode(text), tokenizer.vocab_size, None)
     store = writer.in_memory()
     if not store.num_documents:
       raise UserError(f"{name} holds no text")
@@ -148,7 +151,11 @@ def split_of(text: str) -> str:
 
 
 def build_splits(
-  source: Source, tokenizer: Tokenizer, *, cache_dir: str = ""
+  source: Source,
+  tokenizer: Tokenizer,
+  *,
+  cache_dir: str = "",
+  end: int | None = None,
 ) -> dict[str, TokenStore]:
   """Tokenises a source into `{split: store}`.
 
@@ -159,22 +166,26 @@ def build_splits(
     tokenizer: see `common.data.tokenizers.make_tokenizer`.
     cache_dir: keeps the result in a folder named by the fingerprints of source
       and tokenizer, which appears in one rename; in memory if empty.
+    end: a token behind every document; None for none.
 
   Raises:
     UserError: for a source without text, or a folder that cannot be written.
   """
   if not cache_dir:
-    writers = {name: _Writer(_token_dtype(tokenizer)) for name in SPLITS}
-    _fill(writers, source, tokenizer)
+    dtype = _token_dtype(tokenizer, end)
+    writers = {name: _Writer(dtype) for name in SPLITS}
+    _fill(writers, source, tokenizer, end)
     return {name: writer.in_memory() for name, writer in writers.items()}
   key = hashlib.blake2b(
-    json.dumps([_FORMAT, source.fingerprint, tokenizer.fingerprint]).encode(),
+    json.dumps(
+      [_FORMAT, source.fingerprint, tokenizer.fingerprint, end]
+    ).encode(),
     digest_size=16,
   ).hexdigest()
   folder = pathlib.Path(cache_dir).expanduser().absolute() / key
   stores = _open_splits(folder)
   if stores is None:
-    _write_splits(folder, source, tokenizer)
+    _write_splits(folder, source, tokenizer, end)
     stores = _open_splits(folder)
   if stores is None:
     raise UserError(f"the token cache {folder} cannot be read: delete it")
@@ -194,19 +205,20 @@ def _open_splits(folder: pathlib.Path) -> dict[str, TokenStore] | None:
 
 
 def _write_splits(
-  folder: pathlib.Path, source: Source, tokenizer: Tokenizer
+  folder: pathlib.Path, source: Source, tokenizer: Tokenizer, end: int | None
 ) -> None:
   """Writes the stores next to `folder`, then renames."""
   scratch = None
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
     scratch = pathlib.Path(
       tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
     )
-    dtype = _token_dtype(tokenizer)
+    dtype = _token_dtype(tokenizer, end)
     writers = {name: _Writer(dtype, str(scratch / name)) for name in SPLITS}
     try:
-      _fill(writers, source, tokenizer)
+      _fill(writers, source, tokenizer, end)
     finally:
       for writer in writers.values():
         writer.close()
@@ -228,16 +240,25 @@ def _write_splits(
       shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _fill(writers: dict[str, "_Writer"], source, tokenizer) -> None:
+def _remove_abandoned(folder: pathlib.Path) -> None:
+  """Removes what a process that was killed a day ago has left."""
+  for old in folder.parent.glob(f".{folder.name}.*"):
+    with contextlib.suppress(OSError):
+      if time.time() - old.stat().st_mtime > _ABANDONED_SECONDS:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(writers: dict[str, "_Writer"], source, tokenizer, end) -> None:
   vocab_size = tokenizer.vocab_size
   for _, text in source:
-    writers[split_of(text)].add(tokenizer.encode(text), vocab_size)
+    writers[split_of(text)].add(tokenizer.encode(text), vocab_size, end)
   if not any(writer.lengths for writer in writers.values()):
     raise UserError(f"{source.name} holds no text")
 
 
-def _token_dtype(tokenizer: Tokenizer) -> str:
-  return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+def _token_dtype(tokenizer: Tokenizer, end: int | None) -> str:
+  size = max(tokenizer.vocab_size, 0 if end is None else end + 1)
+  return "uint16" if size <= 1 << 16 else "uint32"
 
 
 class _Writer:
@@ -255,8 +276,8 @@ class _Writer:
     self._memory = bytearray()
     self.lengths: list[int] = []
 
-  def add(self, ids: np.ndarray, vocab_size: int) -> None:
-    """Adds a document unless it is empty.
+  def add(self, ids: np.ndarray, vocab_size: int, end: int | None) -> None:
+    """Adds a document and its end, unless the document is empty.
 
     Raises:
       ValueError: for an id outside the vocabulary.
@@ -268,6 +289,8 @@ class _Writer:
         f"the tokenizer gave ids {ids.min()}..{ids.max()}, its vocabulary is "
         f"{vocab_size}"
       )
+    if end is not None:
+      ids = np.append(ids, end)
     data = np.asarray(ids).astype(self._dtype).tobytes()
     if self._file is None:
       self._memory += data

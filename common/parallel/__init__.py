@@ -8,6 +8,7 @@ _EXPORTS = {
   "batch_sharding": "common.parallel.mesh",
   "replicated": "common.parallel.mesh",
   "on_device": "common.parallel.mesh",
+  "from_host": "common.parallel.mesh",
   "to_host": "common.parallel.mesh",
   "bytes_per_device": "common.parallel.mesh",
   "startup_report": "common.parallel.mesh",

@@ -107,10 +107,30 @@ def on_device(device: jax.Device) -> Any:
   )
 
 
+def from_host(tree: Any, like: Any) -> Any:
+  """Puts equal NumPy arrays of all processes where the arrays of `like` are.
+
+  `jax.device_put` would compare them between processes, and find that NaN
+  differs from NaN.
+  """
+
+  def place(value: np.ndarray, array: jax.Array) -> jax.Array:
+    return jax.make_array_from_callback(
+      array.shape, array.sharding, lambda index: value[index]
+    )
+
+  return jax.tree.map(place, tree, like)
+
+
 def to_host(tree: Any) -> Any:
   """NumPy copies on every process, of arrays that may be spread over all."""
-  if jax.process_count() == 1:
-    return jax.tree.map(np.asarray, jax.device_get(tree))
-  from jax.experimental import multihost_utils
 
-  return multihost_utils.process_allgather(tree, tiled=True)
+  def fetch(array: Any) -> np.ndarray:
+    # Gathering would join what each process has of its own.
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+      return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+  return jax.tree.map(fetch, tree)

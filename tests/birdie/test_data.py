@@ -70,6 +70,11 @@ def expected(k, probs=PROBS):
   return make_maker()(k, probs)
 
 
+def untagged(batch):
+  """Without what only batches of a `TrainData` have."""
+  return {key: batch[key] for key in set(batch) - {"mixture_version"}}
+
+
 @pytest.fixture
 def open_data():
   opened = []
@@ -128,14 +133,14 @@ def test_one_process_brings_all_rows(mesh, rows):
 def test_batch_k_is_the_same_however_it_is_reached(open_data, workers):
   data = open_data(workers=workers)
   for k in range(3):
-    assert_equal(next(data), expected(k))
+    assert_equal(untagged(next(data)), expected(k))
   state = json.loads(json.dumps(data.get_state()))
   assert state["step"] == 3
-  assert_equal(next(data), expected(3))
+  assert_equal(untagged(next(data)), expected(3))
   data.set_state({"step": 7, "mixture": state["mixture"]})
-  assert_equal(next(data), expected(7))
+  assert_equal(untagged(next(data)), expected(7))
   data.set_state(state)
-  assert_equal(next(data), expected(3))
+  assert_equal(untagged(next(data)), expected(3))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,8 @@ def test_a_new_mixture_is_in_force_from_the_announced_batch(
   for k in range(2, first + 2):
     probs = new if k >= first else PROBS
     batch = next(data)
-    assert_equal(batch, expected(k, probs))
+    assert_equal(untagged(batch), expected(k, probs))
+    assert (batch["mixture_version"] == int(k >= first)).all()
     configs = set(np.unique(batch["config_ids"])) - {-1}
     assert (configs == {2}) == (k >= first)
     assert data.mixture.at(k).version == int(k >= first)
@@ -172,7 +178,25 @@ def test_a_resumed_run_knows_the_mixtures(open_data, mode):
   resumed = open_data(np.float32([1, 0, 0]), mixture_change=mode)
   resumed.set_state(state)
   for _ in range(SCHEDULE_DELAY + 2):
-    assert_equal(next(data), next(resumed))
+    a, b = next(data), next(resumed)
+    assert_equal(untagged(a), untagged(b))
+    np.testing.assert_array_equal(a["mixture_version"], b["mixture_version"])
+  mixtures = (d.mixture.in_force(d.step) for d in (data, resumed))
+  np.testing.assert_array_equal(*mixtures)
+
+
+def test_what_was_in_force_is_weighted_by_its_batches(open_data):
+  """A reward belongs to the mixtures that made it, also while one waits."""
+  old, new = np.float32([0, 1, 0]), np.float32([0, 0, 1])
+  data = open_data(old, mixture_change="schedule")
+  data.change_mixture(new)
+  np.testing.assert_array_equal(data.mixture.in_force(SCHEDULE_DELAY), old)
+  np.testing.assert_allclose(
+    data.mixture.in_force(4 * SCHEDULE_DELAY), [0, 0.25, 0.75]
+  )
+  now = open_data(old)
+  now.change_mixture(new)
+  np.testing.assert_array_equal(now.mixture.in_force(9), new)
 
 
 def test_no_batch_is_lost_when_the_consumer_is_slow(open_data):
@@ -180,7 +204,7 @@ def test_no_batch_is_lost_when_the_consumer_is_slow(open_data):
   data = open_data(prefetch=1)
   for k in range(6):
     time.sleep(0.02)
-    assert_equal(next(data), expected(k))
+    assert_equal(untagged(next(data)), expected(k))
 
 
 def test_batches_go_to_the_devices(open_data):
@@ -188,7 +212,7 @@ def test_batches_go_to_the_devices(open_data):
   batch = next(open_data(sharding=sharding))
   assert isinstance(batch["tokens"], jax.Array)
   assert batch["tokens"].sharding == sharding
-  assert_equal(batch, expected(0))
+  assert_equal(untagged(batch), expected(0))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +234,7 @@ def test_a_bad_new_mixture_is_refused_and_changes_nothing(open_data):
   for bad in ([0, 0, 0], [np.nan, 1, 0], [-1, 1, 1], [1, 1, 1], [1, 0]):
     with pytest.raises(UserError):
       data.change_mixture(np.array(bad))
-  assert_equal(next(data), expected(0))
+  assert_equal(untagged(next(data)), expected(0))
 
 
 def test_text_too_short_for_every_configuration_is_one_line():
@@ -403,3 +427,32 @@ def test_the_vocabulary_goes_with_the_tokenizer():
     vocab_size = 1000
 
   assert min(make_vocabulary(Other()).special_ids) == 1000
+
+
+def test_entries_of_the_users_own_take_the_presets_place(config):
+  """As written in birdie/README.md."""
+  config.data.sequence_length = 512
+  config.mixture.entries = (
+    {"objective": "next_token_prediction", "weight": 2.0},
+    {"objective": "copying", "name": "long copies", "min_length": 128},
+    {"objective": "infilling", "corruption_rate": 0.3, "paradigm": "<|FILL|>"},
+  )
+  made = make_configurations(config, VOCAB, ByteTokenizer().encode)
+  assert [c.name for c in made] == [
+    "next_token_prediction", "long copies", "infilling",
+  ]  # fmt: skip
+  np.testing.assert_allclose([c.weight for c in made], [0.5, 0.25, 0.25])
+  assert made[1].cfg.min_length == 128
+  assert made[2].cfg.paradigm == tuple(64 + b for b in b"<|FILL|>")
+
+
+def test_the_report_of_a_configuration(config, capsys, tmp_path):
+  from birdie.main import main
+
+  config.mode = "data_report"
+  config.data.cache_dir = ""
+  main(config, str(tmp_path))
+  assert "next_token_prediction" in capsys.readouterr().out
+  config.mode = "report"
+  with pytest.raises(UserError, match="mode='report'; did you mean"):
+    main(config, str(tmp_path))

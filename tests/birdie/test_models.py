@@ -11,6 +11,7 @@ import pytest
 
 from birdie import models
 from birdie.models import RULES, GatedSSM, boundaries, make_model, token_metrics
+from common import tree
 from common.errors import UserError
 from common.optim import make_optimizer
 from common.parallel import (
@@ -482,3 +483,16 @@ def test_token_metrics_bear_large_and_low_logits():
   loss, _ = token_metrics(logits, {"targets": jnp.array([[0, 0]])})
   assert loss.dtype == jnp.float32
   np.testing.assert_array_equal(loss, [[0, 1000]])
+
+
+def test_what_the_paper_spares_from_decay():
+  """Forget gates (A.8), norms and embeddings; everything else decays."""
+  config = get_config("paper")
+  shapes = _paper_shapes()
+  spared = tree.mask(shapes, config.optim.no_decay)
+  names = jax.tree.leaves(tree.names(shapes))
+  kept = {n for n, s in zip(names, jax.tree.leaves(spared)) if not s}
+  assert {name.split("/")[-2] for name in kept} == {
+    "input", "drive", "output", "out",
+  }  # fmt: skip
+  assert any(n.endswith("forget/kernel") for n in set(names) - kept)

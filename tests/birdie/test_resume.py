@@ -12,6 +12,7 @@ import time
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -78,11 +79,25 @@ def metrics(workdir):
   return lines
 
 
+def read_state(workdir, step):
+  """Step, optimizer and controller, as arrays."""
+  folder = workdir / "checkpoints" / str(step) / "state"
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(folder).item_metadata.tree
+    plain = ocp.RestoreArgs(restore_type=np.ndarray)
+    return reader.restore(
+      folder, restore_args=jax.tree.map(lambda _: plain, tree)
+    )
+
+
 def assert_same_run(a, b):
   step_a, params_a = load_params(a / "checkpoints")
   step_b, params_b = load_params(b / "checkpoints")
   assert step_a == step_b
   chex.assert_trees_all_equal(params_a, params_b)
+  states = read_state(a, step_a), read_state(b, step_b)
+  assert "controller" in states[0]["extra"]
+  chex.assert_trees_all_equal(*states)
   for item in ("data", "host"):
     read = [
       (w / "checkpoints" / str(step_a) / item / "metadata").read_text()
@@ -165,30 +180,13 @@ def test_workers_change_nothing(config, straight, tmp_path, workers):
   assert_same_run(straight, tmp_path)
 
 
-def test_one_device_equals_eight(config, straight, tmp_path):
-  """To rounding: sums are taken in another order."""
-  from birdie.train import train_and_evaluate
-
-  changed = config.copy_and_resolve_references()
-  changed.mesh.update({"data": 1, "fsdp": 2, "model": 4})
-  train_and_evaluate(changed, str(tmp_path))
-  ours, theirs = metrics(straight), metrics(tmp_path)
-  assert ours.keys() == theirs.keys()
-  for step, line in ours.items():
-    np.testing.assert_allclose(
-      theirs[step]["train/loss"] if "train/loss" in line else 0,
-      line.get("train/loss", 0),
-      rtol=1e-5,
-    )
-
-
-def start(workdir, cache):
+def start(workdir, cache, *options):
   command = [
     sys.executable, "-m", "birdie.main", "--config=configs/birdie.py:smoke",
     f"--workdir={workdir}", "--config.checkpoint.every=1",
     f"--config.compile_cache={cache}/xla",
     f"--config.data.cache_dir={cache}/tokens",
-    "--config.data.sequence_length=64",
+    "--config.data.sequence_length=64", *options,
   ]  # fmt: skip
   return subprocess.Popen(
     command,
@@ -200,27 +198,77 @@ def start(workdir, cache):
   )
 
 
-def test_kill_minus_nine_at_random_moments(tmp_path):
-  """Two runs of the command, one of them killed again and again."""
-  straight, killed = tmp_path / "straight", tmp_path / "killed"
-  run = start(straight, tmp_path)
+def finish(run):
   _, errors = run.communicate(timeout=300)
   assert run.returncode == 0, errors
-  moments = random.Random(0)
-  for _ in range(3):
-    run = start(killed, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory):
+  """A run by command, and the caches it has filled."""
+  folder = tmp_path_factory.mktemp("commanded")
+  finish(start(folder / "run", folder))
+  return folder
+
+
+def is_saving(workdir):
+  return any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 1), (2, 1)])
+def test_kill_minus_nine(commanded, tmp_path, workers, kills):
+  """A second run of the command, killed again and again.
+
+  Every other kill falls into a save; the others into whatever comes a random
+  time after the first new line of metrics: steps, evaluation, retrieval.
+  """
+  killed = tmp_path / "killed"
+  options = [f"--config.data.workers={workers}"]
+  moments = random.Random(workers)
+  for kill in range(kills):
+    run = start(killed, commanded, *options)
     seen = killed / "metrics.jsonl"
     lines = len(seen.read_text().splitlines()) if seen.exists() else 0
     deadline = time.monotonic() + 120
-    # Past start-up, so that the kill falls into training and saving.
     while time.monotonic() < deadline and run.poll() is None:
-      if seen.exists() and len(seen.read_text().splitlines()) > lines:
+      if kill % 2:
+        if is_saving(killed):
+          break
+      elif seen.exists() and len(seen.read_text().splitlines()) > lines:
+        time.sleep(moments.uniform(0, 0.3))
         break
-      time.sleep(0.01)
-    time.sleep(moments.uniform(0, 0.3))
+      time.sleep(0.001)
     run.send_signal(signal.SIGKILL)
     run.communicate()
-  run = start(killed, tmp_path)
-  _, errors = run.communicate(timeout=300)
-  assert run.returncode == 0, errors
-  assert_same_run(straight, killed)
+    assert run.returncode == -signal.SIGKILL
+  finish(start(killed, commanded, *options))
+  assert_same_run(commanded / "run", killed)
+
+
+def test_an_interrupt_is_one_line(commanded, tmp_path):
+  run = start(tmp_path / "run", commanded)
+  seen = tmp_path / "run" / "metrics.jsonl"
+  while not seen.exists() and run.poll() is None:
+    time.sleep(0.01)
+  run.send_signal(signal.SIGINT)
+  _, errors = run.communicate(timeout=120)
+  assert run.returncode == 130
+  assert errors.splitlines()[-1] == "interrupted"
+  assert "Traceback" not in errors
+
+
+def test_a_full_disk_is_one_line(commanded, tmp_path):
+  """On a file system of 600 kB, which the fourth step's save exceeds."""
+  small = tmp_path / "small"
+  small.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(small)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    pytest.skip("needs the right to mount a file system")
+  try:
+    run = start(small / "run", commanded)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1
+    assert "no space left while saving a checkpoint" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+  finally:
+    subprocess.run(["umount", str(small)], check=True)

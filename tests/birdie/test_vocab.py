@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from birdie.vocab import PARADIGMS, byte_vocabulary, extend
+from birdie.vocab import PARADIGMS, as_ids, byte_vocabulary, extend
 from common.data.tokenizers import ByteTokenizer
 
 
@@ -46,17 +46,13 @@ def test_extend_pads_the_size(base, multiple, size):
   assert vocab.byte_offset is None
 
 
-def test_paradigms_are_ids_or_text():
-  paradigms = {
-    "copying": "<|COPY|>",
-    "infilling": 63,
-    "deshuffling": [60, np.int64(61)],
-  }
-  vocab = byte_vocabulary().with_paradigms(paradigms, ByteTokenizer().encode)
-  text = tuple(64 + b for b in b"<|COPY|>")
-  assert vocab.paradigms["copying"] == text
-  assert vocab.paradigms["infilling"] == (63,)
-  assert vocab.paradigms["deshuffling"] == (60, 61)
-  assert vocab.paradigms["autoencoding"] == (8,)
-  assert {60, 61, 63} < vocab.special_ids
-  assert vocab.special_ids.isdisjoint(text)
+@pytest.mark.parametrize(
+  ("given", "ids"),
+  [
+    ("<|COPY|>", tuple(64 + b for b in b"<|COPY|>")),
+    (63, (63,)),
+    ([60, np.int64(61)], (60, 61)),
+  ],
+)
+def test_paradigms_are_ids_or_text(given, ids):
+  assert as_ids(given, ByteTokenizer().encode) == ids

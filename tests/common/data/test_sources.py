@@ -211,3 +211,26 @@ def test_python_docs_as_a_tfds_data_set_without_tensorflow(tmp_path):
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert done.stdout.endswith("equal\n")
+
+
+@pytest.mark.parametrize(
+  ("separator", "wanted"),
+  [
+    ("--", ["a", "b\nc"]),
+    (r"\n", ["a--b", "c"]),
+    ("—", ["a--b\nc"]),
+  ],
+)
+def test_separators_are_as_written_or_escaped(tmp_path, separator, wanted):
+  path = tmp_path / "text.txt"
+  path.write_text("a--b\nc")
+  cfg = config(kind="text", path=str(path), separator=separator)
+  assert [text for _, text in text_source(cfg)] == wanted
+
+
+@pytest.mark.parametrize("separator", ["\\", r"\x"])
+def test_escapes_that_mean_nothing_are_refused(tmp_path, separator):
+  path = tmp_path / "text.txt"
+  path.write_text("a")
+  with pytest.raises(UserError, match="means nothing"):
+    text_source(config(kind="text", path=str(path), separator=separator))

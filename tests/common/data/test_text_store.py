@@ -226,3 +226,21 @@ def test_text_shorter_than_a_row_is_padded():
 
 def test_the_shares_add_up():
   assert sum(text_lib.SPLITS.values()) == 100
+
+
+def test_documents_may_end_in_a_token():
+  plain = build_splits(Source(CORPUS), ByteTokenizer())["train"]
+  ended = build_splits(Source(CORPUS), ByteTokenizer(), end=2)["train"]
+  assert ended.num_documents == plain.num_documents
+  assert ended.num_tokens == plain.num_tokens + plain.num_documents
+  for i in range(plain.num_documents):
+    start, stop = ended.offsets[i : i + 2]
+    first, last = plain.offsets[i : i + 2]
+    document = ended.tokens[start:stop]
+    np.testing.assert_array_equal(document[:-1], plain.tokens[first:last])
+    assert document[-1] == 2
+
+
+def test_a_large_end_token_takes_32_bits():
+  stores = build_splits(Source(CORPUS), ByteTokenizer(), end=1 << 16)
+  assert stores["train"].tokens.dtype == np.uint32

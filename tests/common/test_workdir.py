@@ -1,0 +1,72 @@
+"""A run's folder: what starts anew, what goes on, what is refused."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from common.errors import UserError
+from common.state import TrainState
+from common.workdir import Workdir
+
+CONFIG = ConfigDict({"seed": 0, "log": {"every": 1}})
+
+
+def open_run(path, changes=(), **settings):
+  config = CONFIG.copy_and_resolve_references()
+  config.update_from_flattened_dict(dict(changes))
+  return Workdir(path, config, free=("log",), **settings)
+
+
+def make_state():
+  return TrainState.create({"w": jnp.ones(3)}, optax.sgd(0.1))
+
+
+def save(folder, step=1):
+  state = make_state()
+  state = state.replace(step=jnp.asarray(step, jnp.int32))
+  folder.checkpointer.save(step, state, None)
+  folder.checkpointer.wait()
+
+
+def resume(folder):
+  shapes = jax.eval_shape(make_state)
+  return folder.resume(make_state, shapes, None, {})
+
+
+def test_before_the_first_checkpoint_the_configuration_may_change(tmp_path):
+  """A start that was refused, or died at once, does not take the folder."""
+  with open_run(tmp_path):
+    pass
+  with open_run(tmp_path, {"seed": 1}) as folder:
+    assert int(resume(folder).step) == 0
+    save(folder)
+  with pytest.raises(UserError, match="seed: 1 -> 0"):
+    open_run(tmp_path)
+
+
+def test_free_keys_may_change_and_the_run_goes_on(tmp_path):
+  with open_run(tmp_path) as folder:
+    for step in (1, 2):
+      folder.writer.write(step, {"loss": 1.0})
+    save(folder)
+  with open_run(tmp_path, {"log.every": 5}) as folder:
+    assert int(resume(folder).step) == 1
+  # What was written after the checkpoint will be lived again.
+  assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_pinned_facts_may_not_change(tmp_path):
+  with open_run(tmp_path, facts={"text_hash": "a"}, pinned=("text_hash",)) as f:
+    save(f)
+  with pytest.raises(UserError, match="text_hash is b, but the run"):
+    open_run(tmp_path, facts={"text_hash": "b"}, pinned=("text_hash",))
+
+
+def test_checkpoints_of_nobody_are_refused(tmp_path):
+  with open_run(tmp_path) as folder:
+    save(folder)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(UserError, match=r"checkpoints but no config\.json"):
+    open_run(tmp_path)
