@@ -1,10 +1,25 @@
-"""Optimizers and schedules from configuration."""
+"""Optimizers and schedules from configuration; the SAM family."""
 
 from typing import Any
 
 _EXPORTS = {
   "make_optimizer": "common.optim.make",
   "make_schedule": "common.optim.schedules",
+  "sam": "common.optim.sharpness",
+  "asam": "common.optim.sharpness",
+  "fisher_sam": "common.optim.sharpness",
+  "gsam": "common.optim.sharpness",
+  "sagm": "common.optim.sharpness",
+  "gam": "common.optim.sharpness",
+  "look_sam": "common.optim.sharpness",
+  "esam": "common.optim.sharpness",
+  "sharpness_aware": "common.optim.second_pass",
+  "fill_masked": "common.optim.second_pass",
+  "sam_ascent": "common.optim.ascent",
+  "asam_ascent": "common.optim.ascent",
+  "fisher_ascent": "common.optim.ascent",
+  "sagm_ascent": "common.optim.ascent",
+  "swad": "common.optim.averaging",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 
