@@ -121,7 +121,7 @@ def main() -> None:
 
   config = make_config(args.width)
   corpus = data_lib.make_corpus(config)
-  setup = make_setup(config, corpus)
+  setup = make_setup(config, corpus.tokenizer)
   loader = data_lib.train_loader(
     config, corpus, setup.configurations, sharding=setup.sharding
   )

@@ -143,9 +143,11 @@ class CurriculumHook(EvaluationHook):
     arrays = to_host(old)
     with on_device(jax.local_devices(backend="cpu")[0]):
       key = fold_name(jax.random.key(self._seed), "controller")
-      arrays = dataclasses.replace(
-        arrays, action=data.mixture.in_force(info.step)
-      )
+      used = data.mixture.in_force(info.step)
+      if not np.array_equal(used, arrays.action):
+        # What was predicted is of a mixture that was not in force throughout.
+        unknown = np.full_like(arrays.predicted, np.nan)
+        arrays = dataclasses.replace(arrays, action=used, predicted=unknown)
       new, probs, decision = controller.update(
         self._cfg,
         arrays,

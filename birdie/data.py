@@ -63,14 +63,18 @@ class Corpus:
     return facts
 
 
-def make_corpus(config: Any) -> Corpus:
+def make_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
   """Reads and tokenises the text that `config` names; documents end in EOS.
+
+  Args:
+    config: see `configs/birdie.py`.
+    tokenizer: what `config.tokenizer` describes; made from it if None.
 
   Raises:
     UserError: for a source or tokenizer that is missing, without text, or with
       so few documents that none is left for training or validation.
   """
-  tokenizer = make_tokenizer(config.tokenizer)
+  tokenizer = tokenizer or make_tokenizer(config.tokenizer)
   vocab = make_vocabulary(tokenizer)
   stores = build_splits(
     text_source(config.data.source),

@@ -89,7 +89,8 @@ def _visible_text(
   batches: Sequence[Batch], vocab: Vocabulary, num_configs: int
 ) -> np.ndarray:
   """Text tokens in the prefixes of each configuration, [K]."""
-  special = np.array(sorted(vocab.special_ids))
+  # EOS belongs to the text: it ends a document.
+  special = np.array(sorted(vocab.special_ids - {vocab.eos}))
   counts = np.zeros(num_configs, np.int64)
   for batch in batches:
     seen = batch["prefix"] & ~np.isin(batch["tokens"], special)

@@ -1,6 +1,7 @@
 """Losses of every configuration on held-out text, and runs read from disk."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -64,7 +65,9 @@ class Evaluator:
     place = Placer(sharding)
     self._batches = [place(batch) for batch in batches]
 
-    @jax.jit
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
     def sums(params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
       logits = apply_model(model, params, batch)
       loss, correct = token_metrics(logits, batch)

@@ -156,7 +156,7 @@ class MixtureSchedule:
         np.asarray(entry["probs"], np.float32),
         int(entry["version"]),
         int(entry["effective_from"]),
-        int(entry["announced_at"]),
+        int(entry.get("announced_at", entry["effective_from"])),
       )
       for entry in state["mixtures"]
     ]

@@ -54,7 +54,7 @@ def _controller_plots() -> list[Plot]:
       (r"mixture/(.+)",),
       kind="area",
       ylabel="sampling probability",
-      note="A mixture is in force from the step it stands at.",
+      note="A mixture stands at the step it was chosen at.",
     ),
     Plot(
       "Reward by class",

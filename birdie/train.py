@@ -19,6 +19,7 @@ from birdie.report import make_spec
 from birdie.retrieval import RetrievalEvaluation
 from common import hooks as hooks_lib
 from common.config import flatten
+from common.data.tokenizers import Tokenizer, make_tokenizer
 from common.errors import UserError
 from common.metrics import Mean
 from common.optim import make_optimizer
@@ -92,13 +93,11 @@ class Setup:
   """What a configuration describes, before anything is trained.
 
   Attributes:
-    corpus: tokenizer, vocabulary and text stores.
     configurations: the mixture's entries.
     create: makes the state of step 0, sharded.
     abstract: its shapes, dtypes and shardings.
   """
 
-  corpus: data_lib.Corpus
   configurations: Sequence[Any]
   curriculum: Curriculum
   model: Any
@@ -111,12 +110,14 @@ class Setup:
   eval_steps: Sequence[int]
 
 
-def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
+def make_setup(config: Any, tokenizer: Tokenizer) -> Setup:
   """Builds model, optimizer and sharded state from a configuration.
+
+  No text is read, so a mistake is answered before hours of tokenizing.
 
   Args:
     config: see `configs/birdie.py`.
-    corpus: only its vocabulary is looked at.
+    tokenizer: gives the vocabulary.
 
   Raises:
     UserError: for counts below 1, a mesh that does not fit the devices, a
@@ -125,11 +126,10 @@ def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
   check_counts(config)
   mesh = make_mesh(config.mesh.to_dict())
   check_batch(config, mesh)
-  configurations = data_lib.make_configurations(
-    config, corpus.vocab, corpus.tokenizer.encode
-  )
+  vocab = data_lib.make_vocabulary(tokenizer)
+  configurations = data_lib.make_configurations(config, vocab, tokenizer.encode)
   curriculum = Curriculum.of(configurations)
-  model = make_model(config.model, corpus.vocab.size)
+  model = make_model(config.model, vocab.size)
   eval_steps = controller.eval_steps(
     config.num_steps, config.controller.schedule
   )
@@ -160,7 +160,6 @@ def make_setup(config: Any, corpus: data_lib.Corpus) -> Setup:
     placed,
   )
   return Setup(
-    corpus=corpus,
     configurations=configurations,
     curriculum=curriculum,
     model=model,
@@ -217,6 +216,17 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
         f"{name}={rows} is not divisible by the {shards} devices along "
         "mesh.data and mesh.fsdp: choose a multiple"
       )
+  seq, length = mesh.shape.get("seq", 1), config.data.sequence_length
+  if seq > 1 and not config.model.seq_axis:
+    raise UserError(
+      f"mesh.seq={seq} needs model.seq_axis=seq: without it these devices "
+      "would repeat each other's work"
+    )
+  if length % seq:
+    raise UserError(
+      f"data.sequence_length={length} is not divisible by the {seq} devices "
+      "along mesh.seq: choose a multiple"
+    )
   if config.data.batch_size % (config.accum * shards):
     raise UserError(
       f"data.batch_size={config.data.batch_size} is not divisible by accum="
@@ -227,8 +237,8 @@ def check_batch(config: Any, mesh: jax.sharding.Mesh) -> None:
 def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """Trains to the end, or on from where the folder left off.
 
-  Everything that may refuse the configuration or the text comes before the
-  folder is touched.
+  What may refuse the configuration comes before the text is read, and what may
+  refuse the text before the folder holds more than a log.
 
   Args:
     config: see `configs/birdie.py`.
@@ -237,15 +247,16 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   Returns:
     The last state.
   """
-  corpus = data_lib.make_corpus(config)
-  setup = make_setup(config, corpus)
+  tokenizer = make_tokenizer(config.tokenizer)
+  setup = make_setup(config, tokenizer)
+  corpus = data_lib.make_corpus(config, tokenizer)
   with contextlib.ExitStack() as stack:
     loader = stack.enter_context(
       data_lib.train_loader(
         config, corpus, setup.configurations, sharding=setup.sharding
       )
     )
-    evaluator = make_evaluator(config, setup)
+    evaluator = make_evaluator(config, setup, corpus)
     retrieval = RetrievalEvaluation(config.retrieval, setup.model, corpus)
     folder = stack.enter_context(
       Workdir(
@@ -350,12 +361,14 @@ def make_hooks(
   return Hooks(in_order, host, preemption)
 
 
-def make_evaluator(config: Any, setup: Setup) -> Evaluator:
+def make_evaluator(
+  config: Any, setup: Setup, corpus: data_lib.Corpus
+) -> Evaluator:
   """Losses of every configuration on held-out text."""
   return Evaluator(
     setup.model,
     data_lib.eval_batches(
-      config, setup.corpus, setup.configurations, sharding=setup.sharding
+      config, corpus, setup.configurations, sharding=setup.sharding
     ),
     num_configs=len(setup.configurations),
     sharding=setup.sharding,

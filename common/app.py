@@ -4,7 +4,7 @@ A project's `main.py` hands its function to `run`. A verb with flags of its
 own takes `common.flags.Parser` for them and `call` for the exit status:
 
   0    done
-  1    failed, with a traceback (a full disk: one line)
+  1    failed, with a traceback (a full disk, a loss that is not finite: a line)
   2    bad configuration or input, one line `error: ...`
   130  interrupted from the keyboard
   143  preempted, after saving
@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
-from common.errors import Preempted, UserError
+from common.errors import Preempted, RunError, UserError
 from common.logs import logging_to, one_line, quiet_libraries
 
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
@@ -92,6 +92,8 @@ def call(function: Callable[[], Any]) -> int:
       function()
   except UserError as error:
     return _say(2, f"error: {one_line(error)}")
+  except RunError as error:
+    return _say(1, f"error: {one_line(error)}")
   except Preempted as error:
     return _say(143, one_line(error))
   except KeyboardInterrupt:
@@ -288,6 +290,10 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
   # Libraries that read absl flags refuse to while these are unparsed.
   if not absl_flags.FLAGS.is_parsed():
     absl_flags.FLAGS.mark_as_parsed()
+  platforms = os.environ.get("JAX_PLATFORMS", "")
+  if platforms and "cpu" not in platforms.split(","):
+    # What has to be the same bits everywhere is computed on the host.
+    jax.config.update("jax_platforms", f"{platforms},cpu")
   cache = config.get("compile_cache", COMPILE_CACHE)
   if cache:
     path = cache if "://" in cache else os.path.expanduser(cache)

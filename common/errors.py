@@ -9,5 +9,9 @@ class UserError(ValueError):
   """
 
 
+class RunError(RuntimeError):
+  """The run cannot go on; one line says why. Exit status 1."""
+
+
 class Preempted(Exception):
   """The run saved its state and leaves; exit status 143."""

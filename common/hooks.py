@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoint import Checkpointer, Stateful
-from common.errors import Preempted
+from common.errors import Preempted, RunError
 from common.metrics import Mean, MetricWriter
 from common.progress import ProgressBar
 from common.state import TrainState
@@ -24,7 +24,7 @@ from common.train import Every, StepInfo, is_due
 log = logging.getLogger(__name__)
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
   """Training met a value that is not finite; no checkpoint holds it."""
 
 

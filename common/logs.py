@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-from common.errors import Preempted, UserError
+from common.errors import Preempted, RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,9 @@ def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
   try:
     yield
   except BaseException as error:
-    expected = isinstance(error, UserError | Preempted | KeyboardInterrupt)
+    expected = isinstance(
+      error, UserError | RunError | Preempted | KeyboardInterrupt
+    )
     record = log.makeRecord(
       log.name,
       logging.WARNING if expected else logging.ERROR,

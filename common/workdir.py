@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import Any
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -17,6 +17,7 @@ from common import config as config_lib
 from common import files
 from common.checkpoint import Checkpointer, Stateful
 from common.errors import UserError
+from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.state import TrainState
 
@@ -28,10 +29,11 @@ class Workdir:
   """Opens a run's folder for a configuration: a new run, or the same again.
 
   Args:
-    path: the folder; made if missing.
-    config: the resolved configuration. A folder whose checkpoints come from
-      another one is refused, with the keys that differ; before the first
-      checkpoint there is nothing to lose, and the new one takes its place.
+    path: the folder; made if missing. It is this process's until it is closed:
+      a second run at the same time is refused (not behind an address).
+    config: the resolved configuration. A folder whose checkpoints or metrics
+      come from another one is refused, with the keys that differ. Where there
+      are none, nothing is lost, and the new one takes its place.
     free: keys that may change on resume (logging, number of workers, ...).
     facts: what the report should state besides configuration and versions.
       Facts named in `pinned` must not change either.
@@ -56,11 +58,14 @@ class Workdir:
     self.path = epath.Path(path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
+    self._lock = _lock(self.path) if is_writer else None
     facts = _with_versions(facts or {})
     self.checkpointer = Checkpointer(
       self.path / "checkpoints", keep=keep, best=best
     )
-    if self.checkpointer.steps:
+    metrics = self.path / METRICS
+    has_lines = metrics.exists() and metrics.stat().length > 0
+    if self.checkpointer.steps or has_lines:
       self._check_resume(config, free, facts, pinned)
     if is_writer:
       config_lib.save_config(self.path, config)
@@ -79,14 +84,19 @@ class Workdir:
     try:
       if not (self.path / config_lib.FILE_NAME).exists():
         raise UserError(
-          f"{self.path} holds checkpoints but no {config_lib.FILE_NAME}: "
+          f"{self.path} holds a run but no {config_lib.FILE_NAME}: "
           "restore it or choose another --workdir"
         )
       config_lib.check_resume(self.path, config, free=free)
       self._check_facts(facts, pinned)
     except UserError:
       self.checkpointer.close()
+      self._unlock()
       raise
+
+  def _unlock(self) -> None:
+    if self._lock is not None:
+      self._lock.close()
 
   def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):
     file = self.path / "facts.json"
@@ -132,8 +142,38 @@ class Workdir:
 
   def close(self) -> None:
     """Waits for the checkpoints to be written and closes the files."""
-    self.checkpointer.close()
-    self.writer.close()
+    try:
+      self.checkpointer.close()
+    finally:
+      self.writer.close()
+      self._unlock()
+
+
+def _lock(path: epath.Path) -> IO[bytes] | None:
+  """Holds the folder while the file is open; the system lets go of it even
+  after kill -9. None where there are no such locks.
+
+  Raises:
+    UserError: when another process holds it.
+  """
+  try:
+    import fcntl
+  except ImportError:  # not on Windows
+    return None
+  if "://" in os.fspath(path):
+    return None
+  file = open(path / ".lock", "wb")  # noqa: SIM115, closed with the run
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.close()
+    raise UserError(
+      f"a run is at work in {path}: wait for it or choose another --workdir"
+    ) from None
+  except OSError:  # a file system without locks
+    file.close()
+    return None
+  return file
 
 
 def write_json(path: epath.Path, content: Any) -> None:

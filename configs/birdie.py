@@ -167,6 +167,7 @@ def paper(config: ConfigDict) -> None:
   config.data.source.path = "pile/*.array_record"
   config.data.sequence_length = 2048
   config.data.batch_size = 520
+  config.data.pack_rows = 5  # for 1, 2, 4, 8, 13, 26, 52 or 104 processes
   config.data.workers = 8
   config.mixture.grid = "paper"
   config.model.update({"width": 2048, "state": 2560, "layers": 48})

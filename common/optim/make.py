@@ -101,6 +101,11 @@ def _check_values(cfg: Mapping[str, Any]) -> None:
   for name in ("lr", "clip_norm", "weight_decay"):
     if not 0 <= cfg[name] < math.inf:
       raise UserError(f"optim.{name}={cfg[name]} must be a number from 0")
+  for name in ("b1", "b2", "momentum"):
+    if not 0 <= cfg[name] < 1:
+      raise UserError(f"optim.{name}={cfg[name]} must be from 0 and below 1")
+  if not cfg["eps"] > 0:
+    raise UserError(f"optim.eps={cfg['eps']} must be above 0")
   for name in ("frozen", "no_decay"):
     if isinstance(cfg[name], str):
       raise UserError(f"optim.{name}={cfg[name]!r} must be a list of regexes")

@@ -11,6 +11,7 @@ from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
 from birdie.evaluate import Evaluator, Scores, apply_model
 from common.config import flatten
+from common.data.tokenizers import ByteTokenizer
 from common.errors import UserError
 from common.metrics import MetricWriter, read_metrics
 from common.train import StepInfo
@@ -32,7 +33,8 @@ def setup():
   config = make_config()
   config.lock()
   corpus = data_lib.make_corpus(config)
-  return config, train_lib.make_setup(config, corpus)
+  made = train_lib.make_setup(config, corpus.tokenizer)
+  return config, made, corpus
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +53,11 @@ def token_losses(model, params, batch):
 
 
 def test_evaluation_is_a_mean_over_each_configurations_targets(setup, params):
-  config, made = setup
-  evaluator = train_lib.make_evaluator(config, made)
+  config, made, corpus = setup
+  evaluator = train_lib.make_evaluator(config, made, corpus)
   scores = evaluator(params)
   count = len(made.configurations)
-  batches = data_lib.eval_batches(config, made.corpus, made.configurations)
+  batches = data_lib.eval_batches(config, corpus, made.configurations)
   assert len(batches) > 1
   losses, hits, tokens = np.zeros((3, count))
   for batch in batches:
@@ -72,9 +74,9 @@ def test_evaluation_is_a_mean_over_each_configurations_targets(setup, params):
 
 
 def test_the_loss_of_a_batch_is_a_mean_over_targets(setup, params):
-  config, made = setup
+  config, made, corpus = setup
   with data_lib.train_loader(
-    config, made.corpus, made.configurations, sharding=made.sharding
+    config, corpus, made.configurations, sharding=made.sharding
   ) as data:
     batch = next(data)
   with jax.set_mesh(made.mesh):
@@ -130,7 +132,7 @@ class Scripted(Evaluator):
 @pytest.fixture
 def curriculum_run(setup, tmp_path):
   """Two evaluations, four batches apart, and what they left behind."""
-  config, made = setup
+  config, made, corpus = setup
   evaluator = Scripted(len(made.configurations))
   hook = CurriculumHook(
     train_lib.controller_config(config),
@@ -143,7 +145,7 @@ def curriculum_run(setup, tmp_path):
   )
   state = made.create()
   with data_lib.train_loader(
-    config, made.corpus, made.configurations, sharding=made.sharding
+    config, corpus, made.configurations, sharding=made.sharding
   ) as data:
     for step in range(1, 9):
       batch = next(data)
@@ -193,7 +195,7 @@ def test_a_checkpoint_is_ranked_by_its_own_evaluation(curriculum_run):
 def test_the_controller_starts_from_the_mixture_in_force():
   config = make_config()
   config.mixture.preset = "ul2"
-  made = train_lib.make_setup(config, data_lib.make_corpus(config))
+  made = train_lib.make_setup(config, ByteTokenizer())
   start = made.create().extra["controller"].action
   np.testing.assert_allclose(start, [0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.2])
 
@@ -241,3 +243,51 @@ def test_counts_below_one_are_one_line(key):
   (config[group] if group else config)[name] = 0
   with pytest.raises(UserError, match=f"^{key}=0 must be at least 1$"):
     train_lib.check_counts(config)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"mesh.seq": 8, "mesh.data": 1, "mesh.fsdp": 1}, "needs model.seq_axis"),
+    (
+      {
+        "mesh.seq": 8, "mesh.data": 1, "mesh.fsdp": 1,
+        "model.seq_axis": "seq", "data.sequence_length": 100,
+      },
+      "data.sequence_length=100 is not divisible by the 8 devices",
+    ),
+    ({"data.batch_size": 12}, "data.batch_size=12 is not divisible by the 8"),
+    ({"evaluation.batch_size": 4}, "evaluation.batch_size=4 is not divisible"),
+    ({"accum": 2}, "not divisible by accum=2 times 8 devices"),
+    ({"mesh.data": 3}, "does not fit the 8 devices"),
+  ],
+)  # fmt: skip
+def test_what_does_not_divide_is_one_line_before_text_is_read(
+  changes, message, tmp_path, monkeypatch
+):
+  def reads(*args, **kwargs):
+    raise AssertionError("the text was read")
+
+  monkeypatch.setattr(data_lib, "build_splits", reads)
+  config = make_config()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(UserError, match=message) as error:
+    train_lib.train_and_evaluate(config, str(tmp_path))
+  assert "\n" not in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_documents_end_in_what_generation_stops_at(setup):
+  """EOS is a label, and stands nowhere but at the end of a document."""
+  config, made, corpus = setup
+  eos = corpus.vocab.eos
+  ends = corpus.train.offsets[1:] - 1
+  np.testing.assert_array_equal(
+    np.flatnonzero(corpus.train.tokens == eos), ends
+  )
+  maker = data_lib.make_batch_maker(config, corpus, made.configurations)
+  probs = data_lib.first_mixture(made.configurations)
+  batches = [maker(k, probs) for k in range(8)]
+  assert any(
+    ((b["targets"] == eos) & (b["loss_weights"] > 0)).any() for b in batches
+  )

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from common.checkpoint import Checkpointer, load_params
+from common.checkpoint import load_params
 from configs.birdie import get_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -107,56 +107,28 @@ def assert_same_run(a, b):
   assert metrics(a) == metrics(b)
 
 
-class Killed(BaseException):
-  """Nothing catches it, as nothing catches kill -9."""
+class Stopped(BaseException):
+  """Ends a run between two steps, past everything that handles errors."""
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_killed_after_any_step(config, straight, tmp_path, step, monkeypatch):
+def test_stopped_after_any_step(config, straight, tmp_path, step, monkeypatch):
   from birdie import train as train_lib
 
   real_train = train_lib.train
 
-  def killed_at(step):
-    def die(info):
-      raise Killed
+  def stop(info):
+    raise Stopped
 
-    die.every = {step}.__contains__
+  stop.every = {step}.__contains__
 
-    def train(*args, hooks, **kwargs):
-      return real_train(*args, hooks=[*hooks, die], **kwargs)
+  def train(*args, hooks, **kwargs):
+    return real_train(*args, hooks=[*hooks, stop], **kwargs)
 
-    return train
-
-  monkeypatch.setattr(train_lib, "train", killed_at(step))
-  with pytest.raises(Killed):
+  monkeypatch.setattr(train_lib, "train", train)
+  with pytest.raises(Stopped):
     train_lib.train_and_evaluate(config, str(tmp_path))
   monkeypatch.setattr(train_lib, "train", real_train)
-  train_lib.train_and_evaluate(config, str(tmp_path))
-  assert_same_run(straight, tmp_path)
-
-
-@pytest.mark.parametrize("part", ["evaluation", "saving"])
-def test_killed_inside(config, straight, tmp_path, part, monkeypatch):
-  from birdie import evaluate
-  from birdie import train as train_lib
-
-  calls = []
-  target, name = {
-    "evaluation": (evaluate.Evaluator, "__call__"),
-    "saving": (Checkpointer, "save"),
-  }[part]
-  real = getattr(target, name)
-
-  def dies_once(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == 2:
-      raise Killed
-    return real(*args, **kwargs)
-
-  monkeypatch.setattr(target, name, dies_once)
-  with pytest.raises(Killed):
-    train_lib.train_and_evaluate(config, str(tmp_path))
   train_lib.train_and_evaluate(config, str(tmp_path))
   assert_same_run(straight, tmp_path)
 
@@ -180,13 +152,30 @@ def test_workers_change_nothing(config, straight, tmp_path, workers):
   assert_same_run(straight, tmp_path)
 
 
-def start(workdir, cache, *options):
+# Runs `birdie.main` and kills it inside its third evaluation.
+DIES_EVALUATING = """
+import os, runpy, signal, sys
+from birdie.evaluate import Evaluator
+real, calls = Evaluator.__call__, []
+def dies(self, params):
+  calls.append(1)
+  if len(calls) == 3:
+    self._sums(params, self._batches[0]).block_until_ready()
+    os.kill(os.getpid(), signal.SIGKILL)
+  return real(self, params)
+Evaluator.__call__ = dies
+sys.argv[0] = "birdie.main"
+runpy.run_module("birdie.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def start(workdir, cache, *options, program=("-m", "birdie.main")):
   command = [
-    sys.executable, "-m", "birdie.main", "--config=configs/birdie.py:smoke",
+    sys.executable, *program, "--config=configs/birdie.py:smoke",
     f"--workdir={workdir}", "--config.checkpoint.every=1",
     f"--config.compile_cache={cache}/xla",
     f"--config.data.cache_dir={cache}/tokens",
-    "--config.data.sequence_length=64", *options,
+    "--config.data.sequence_length=64", "--config.num_steps=36", *options,
   ]  # fmt: skip
   return subprocess.Popen(
     command,
@@ -211,36 +200,46 @@ def commanded(tmp_path_factory):
   return folder
 
 
-def is_saving(workdir):
-  return any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp"))
+def wait_until(condition, run):
+  deadline = time.monotonic() + 120
+  while not condition():
+    assert run.poll() is None, run.communicate()[1]
+    assert time.monotonic() < deadline
+    time.sleep(0.001)
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 4), (1, 1), (2, 1)])
-def test_kill_minus_nine(commanded, tmp_path, workers, kills):
-  """A second run of the command, killed again and again.
+def kill(run):
+  run.send_signal(signal.SIGKILL)
+  run.communicate()
+  assert run.returncode == -signal.SIGKILL
 
-  Every other kill falls into a save; the others into whatever comes a random
-  time after the first new line of metrics: steps, evaluation, retrieval.
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_kill_minus_nine(commanded, tmp_path, workers):
+  """A second run of the command, killed at a random moment, in the middle of
+  a save, and inside an evaluation.
   """
   killed = tmp_path / "killed"
   options = [f"--config.data.workers={workers}"]
   moments = random.Random(workers)
-  for kill in range(kills):
-    run = start(killed, commanded, *options)
-    seen = killed / "metrics.jsonl"
-    lines = len(seen.read_text().splitlines()) if seen.exists() else 0
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and run.poll() is None:
-      if kill % 2:
-        if is_saving(killed):
-          break
-      elif seen.exists() and len(seen.read_text().splitlines()) > lines:
-        time.sleep(moments.uniform(0, 0.3))
-        break
-      time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL
+
+  def unfinished():
+    return set(killed.glob("checkpoints/*.orbax-checkpoint-tmp"))
+
+  run = start(killed, commanded, *options)
+  wait_until((killed / "metrics.jsonl").exists, run)
+  time.sleep(moments.uniform(0, 0.3))
+  kill(run)
+
+  left_behind = unfinished()
+  run = start(killed, commanded, *options)
+  wait_until(lambda: unfinished() - left_behind, run)
+  kill(run)
+
+  run = start(killed, commanded, *options, program=("-c", DIES_EVALUATING))
+  run.communicate(timeout=300)
+  assert run.returncode == -signal.SIGKILL
+
   finish(start(killed, commanded, *options))
   assert_same_run(commanded / "run", killed)
 

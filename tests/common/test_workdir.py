@@ -68,5 +68,20 @@ def test_checkpoints_of_nobody_are_refused(tmp_path):
   with open_run(tmp_path) as folder:
     save(folder)
   (tmp_path / "config.json").unlink()
-  with pytest.raises(UserError, match=r"checkpoints but no config\.json"):
+  with pytest.raises(UserError, match=r"holds a run but no config\.json"):
     open_run(tmp_path)
+
+
+def test_metrics_of_another_configuration_are_not_wiped(tmp_path):
+  with open_run(tmp_path) as folder:
+    folder.writer.write(1, {"loss": 1.0})
+  with pytest.raises(UserError, match="seed: 0 -> 1"):
+    open_run(tmp_path, {"seed": 1})
+  assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path):
+  with open_run(tmp_path), pytest.raises(UserError, match="is at work in"):
+    open_run(tmp_path)
+  with open_run(tmp_path):
+    pass
