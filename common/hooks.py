@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from common.checkpoint import Checkpointer, Stateful
 from common.errors import Preempted, RunError
-from common.metrics import Mean, MetricWriter
+from common.metrics import Mean, MetricWriter, merge
 from common.progress import ProgressBar
 from common.state import TrainState
 from common.train import Every, StepInfo, is_due
@@ -31,9 +30,10 @@ class NonFiniteError(RunError):
 class LogHook:
   """Averages metrics over `interval` steps and writes them down.
 
-  Sums and counts are added up on the device, so that a mean over steps is a
-  mean over tokens, and the host waits for the device once an interval. The
-  open interval is host state: a resumed run logs what the straight one logs.
+  Sums and counts are added up, so that a mean over steps is a mean over
+  tokens. That is done once an interval, on the host: scalars wait there until
+  then, and no program runs between two steps. The open interval is host state:
+  a resumed run logs what the straight one logs.
 
   Args:
     interval: steps between two lines.
@@ -60,24 +60,21 @@ class LogHook:
     self._progress = progress
     self._examples = examples_per_step
     self._extra = extra
-    self._sums: dict[str, Mean] | None = None
+    self._sums: dict[str, Mean] = {}
+    self._pending: list[dict[str, Mean]] = []
     self._since: tuple[float, int | None] = (time.monotonic(), None)
-    self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
 
   def __call__(self, info: StepInfo) -> None:
-    metrics = dict(info.metrics)
-    self._sums = (
-      metrics if self._sums is None else self._add(self._sums, metrics)
-    )
+    self._pending.append(dict(info.metrics))
     if not is_due(self._interval, info.step, last=info.last):
       return
     # Zero counts (an objective that no sample had) stay out of the line.
     values = {
       f"train/{name}": float(mean.total) / float(mean.count)
-      for name, mean in jax.device_get(self._sums).items()
+      for name, mean in self._add_up().items()
       if mean.count > 0
     }
-    self._sums = None
+    self._sums = {}
     start, first = self._since
     self._since = (time.monotonic(), info.step)
     seconds = self._since[0] - start
@@ -89,18 +86,25 @@ class LogHook:
     self._writer.write(info.step, values)
     self._progress.update(info.step, values)
 
+  def _add_up(self) -> dict[str, Mean]:
+    """The sums of the open interval, float32 as on the device."""
+    for metrics in jax.device_get(self._pending):
+      self._sums = merge(self._sums, metrics) if self._sums else metrics
+    self._pending = []
+    return self._sums
+
   def get_state(self) -> dict[str, list[float]]:
-    sums = jax.device_get(self._sums or {})
     return {
       name: [float(mean.total), float(mean.count)]
-      for name, mean in sums.items()
+      for name, mean in self._add_up().items()
     }
 
   def set_state(self, state: Mapping[str, Sequence[float]]) -> None:
+    self._pending = []
     self._sums = {
-      name: Mean(jnp.float32(total), jnp.float32(count))
-      for name, (total, count) in state.items()
-    } or None
+      name: Mean(*map(np.float32, sums))  # type: ignore[arg-type]
+      for name, sums in state.items()
+    }
 
 
 class EvaluateHook:
@@ -135,28 +139,37 @@ class EvaluateHook:
 
 
 class StopOnNonFinite:
-  """Raises when a metric is not finite, naming step, metric and batch.
+  """Raises when the loss or a norm is not finite: names step, metrics, batch.
 
-  Looks at a step's metrics `lag` steps later, when they are there anyway, so
-  that the host never waits for the device; `flush` looks at all of them, and
+  Looks at a step `lag` steps later, when its numbers are there anyway, so that
+  the host never waits for the device; `flush` looks at all of them, and
   `CheckpointHook` calls it before it saves. This also bounds how far the host
   runs ahead.
+
+  Args:
+    watched: these metrics, where the step has them; whatever else goes wrong
+      reaches the parameters' norm.
+    lag: in steps.
   """
 
   every = 1
 
-  def __init__(self, *, lag: int = 2):
+  def __init__(
+    self,
+    watched: Sequence[str] = ("loss", "grad_norm", "update_norm", "param_norm"),
+    *,
+    lag: int = 2,
+  ):
+    self._watched = tuple(watched)
     self._lag = lag
     self._pending: collections.deque = collections.deque()
-    self._is_finite = jax.jit(
-      lambda metrics: jnp.all(
-        jnp.stack([jnp.isfinite(m.total) for m in metrics.values()])
-      )
-    )
 
   def __call__(self, info: StepInfo) -> None:
-    finite = self._is_finite(dict(info.metrics))
-    self._pending.append((finite, info.step, info.metrics, info.batch))
+    metrics = info.metrics
+    totals = [metrics[name].total for name in self._watched if name in metrics]
+    for total in totals:
+      total.copy_to_host_async()
+    self._pending.append((totals, info.step, metrics, info.batch))
     while len(self._pending) > (0 if info.last else self._lag):
       self._check(*self._pending.popleft())
 
@@ -165,8 +178,8 @@ class StopOnNonFinite:
     while self._pending:
       self._check(*self._pending.popleft())
 
-  def _check(self, finite, step: int, metrics, batch) -> None:
-    if bool(finite):
+  def _check(self, totals, step: int, metrics, batch) -> None:
+    if np.isfinite(jax.device_get(totals)).all():
       return
     values = {k: float(m.total) for k, m in jax.device_get(metrics).items()}
     bad = {k: v for k, v in values.items() if not np.isfinite(v)}

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import operator
 import os
 import time
 from collections.abc import Mapping
@@ -60,7 +61,7 @@ class Mean:
 
 def merge(first: PyTree, second: PyTree) -> PyTree:
   """Adds two equal trees of `Mean`s, such as two steps' metrics."""
-  return jax.tree.map(jnp.add, first, second)
+  return jax.tree.map(operator.add, first, second)
 
 
 class MetricWriter:
