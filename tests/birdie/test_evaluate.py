@@ -1,5 +1,7 @@
 """Losses of training and evaluation against NumPy; the controller's hook."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
 from birdie.evaluate import Evaluator, Scores, apply_model
 from common.config import flatten
+from common.data.text import TokenStore
 from common.data.tokenizers import ByteTokenizer
 from common.errors import UserError
 from common.metrics import MetricWriter, read_metrics
@@ -285,6 +288,11 @@ def test_documents_end_in_what_generation_stops_at(setup):
   np.testing.assert_array_equal(
     np.flatnonzero(corpus.train.tokens == eos), ends
   )
+  # Documents short enough for their ends to be seen in a few batches.
+  tokens = np.full(50 * 40, 100, np.uint16)
+  tokens[39::40] = eos
+  short = TokenStore(tokens, np.arange(0, len(tokens) + 1, 40))
+  corpus = dataclasses.replace(corpus, train=short)
   maker = data_lib.make_batch_maker(config, corpus, made.configurations)
   probs = data_lib.first_mixture(made.configurations)
   batches = [maker(k, probs) for k in range(8)]
