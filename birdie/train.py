@@ -17,6 +17,7 @@ from birdie.evaluate import Evaluator, apply_model
 from birdie.models import RULES, make_model, token_metrics
 from birdie.report import make_spec
 from birdie.retrieval import RetrievalEvaluation
+from birdie.validation import eval_batches
 from common import hooks as hooks_lib
 from common.config import flatten
 from common.data.tokenizers import Tokenizer, make_tokenizer
@@ -367,9 +368,7 @@ def make_evaluator(
   """Losses of every configuration on held-out text."""
   return Evaluator(
     setup.model,
-    data_lib.eval_batches(
-      config, corpus, setup.configurations, sharding=setup.sharding
-    ),
+    eval_batches(config, corpus, setup.configurations, sharding=setup.sharding),
     num_configs=len(setup.configurations),
     sharding=setup.sharding,
   )

@@ -76,48 +76,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model.scan_impl = "auto"
   config.model.seq_axis = ""  # "seq" shards time over that mesh axis
 
-  config.optim = ConfigDict()
-  config.optim.name = "adamw"
-  config.optim.lr = 3e-3
-  config.optim.schedule = "cosine"
-  config.optim.warmup_steps = 50
-  config.optim.final_ratio = 0.1
-  config.optim.b1 = 0.9
-  config.optim.b2 = 0.95
-  config.optim.eps = 1e-8
-  config.optim.momentum = 0.9  # sgd
-  config.optim.nesterov = False  # sgd
-  config.optim.weight_decay = 0.1
-  # Regexes of parameters. The paper spares the forget gates from decay (A.8).
-  config.optim.no_decay = (
-    r"(^|/)(scale|bias|\w+_bias|embedding)$",
-    r"(^|/)forget/kernel$",
-  )
-  config.optim.frozen = ()
-  config.optim.clip_norm = 1.0
-
-  config.controller = ConfigDict()
-  config.controller.enabled = True
-  # Steps between evaluations; "paper" is 10, 50, 250, 500, 1000, 1500, 2000
-  # and every 1000 from there.
-  config.controller.schedule = "50"
-  config.controller.warmup_end = 50  # the mixture stays uniform until then
-  config.controller.hidden = 64
-  config.controller.layers = 4
-  config.controller.fit_steps = 200
-  config.controller.lr = 5e-4  # of the reward model
-  config.controller.weight_decay = 0.1
-  config.controller.clip_norm = 1.0
-  config.controller.noise = 0.02
-  config.controller.num_candidates = 2048
-  config.controller.top_k = 8
-  config.controller.proposal = "mixed"  # mixed | uniform
-  config.controller.min_prob = 0.005
-  config.controller.max_prob = 1.0
-  # The chance to explore: at first, from 10 % of the run, from half of it.
-  config.controller.explore_first = 1.0
-  config.controller.explore_start = 0.5
-  config.controller.explore_floor = 0.2
+  config.optim = _optim()
+  config.controller = _controller()
 
   config.evaluation = ConfigDict()
   config.evaluation.rows = 4  # packed rows of held-out text a configuration
@@ -135,6 +95,57 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.profile = ConfigDict({"start": 20, "count": 0})  # 0 steps: none
 
   return apply_variants(config, arg, VARIANTS)
+
+
+def _optim() -> ConfigDict:
+  """See `common.optim.make_optimizer`."""
+  config = ConfigDict()
+  config.name = "adamw"
+  config.lr = 3e-3
+  config.schedule = "cosine"
+  config.warmup_steps = 50
+  config.final_ratio = 0.1
+  config.b1 = 0.9
+  config.b2 = 0.95
+  config.eps = 1e-8
+  config.momentum = 0.9  # sgd
+  config.nesterov = False  # sgd
+  config.weight_decay = 0.1
+  # Regexes of parameters. The paper spares the forget gates from decay (A.8).
+  config.no_decay = (
+    r"(^|/)(scale|bias|\w+_bias|embedding)$",
+    r"(^|/)forget/kernel$",
+  )
+  config.frozen = ()
+  config.clip_norm = 1.0
+  return config
+
+
+def _controller() -> ConfigDict:
+  """What re-weights the mixture; see `birdie.controller`."""
+  config = ConfigDict()
+  config.enabled = True
+  # Steps between evaluations; "paper" is 10, 50, 250, 500, 1000, 1500, 2000
+  # and every 1000 from there.
+  config.schedule = "50"
+  config.warmup_end = 50  # the mixture stays uniform until then
+  config.hidden = 64
+  config.layers = 4
+  config.fit_steps = 200
+  config.lr = 5e-4  # of the reward model
+  config.weight_decay = 0.1
+  config.clip_norm = 1.0
+  config.noise = 0.02
+  config.num_candidates = 2048
+  config.top_k = 8
+  config.proposal = "mixed"  # mixed | uniform
+  config.min_prob = 0.005
+  config.max_prob = 1.0
+  # The chance to explore: at first, from 10 % of the run, from half of it.
+  config.explore_first = 1.0
+  config.explore_start = 0.5
+  config.explore_floor = 0.2
+  return config
 
 
 def smoke(config: ConfigDict) -> None:

@@ -10,11 +10,9 @@ from birdie.data import (
   SCHEDULE_DELAY,
   BatchMaker,
   TrainData,
-  eval_batches,
   first_mixture,
   make_configurations,
   make_corpus,
-  make_eval_batches,
   make_vocabulary,
   process_rows,
   train_loader,
@@ -22,6 +20,7 @@ from birdie.data import (
 from birdie.data_report import data_report
 from birdie.packing import KEYS, Packer
 from birdie.presets import make_configuration
+from birdie.validation import eval_batches, make_eval_batches
 from birdie.vocab import byte_vocabulary
 from common.data.text import TokenStore
 from common.data.tokenizers import ByteTokenizer

@@ -12,6 +12,7 @@ from birdie import data as data_lib
 from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
 from birdie.evaluate import Evaluator, Scores, apply_model
+from birdie.validation import eval_batches
 from common.config import flatten
 from common.data.text import TokenStore
 from common.data.tokenizers import ByteTokenizer
@@ -60,7 +61,7 @@ def test_evaluation_is_a_mean_over_each_configurations_targets(setup, params):
   evaluator = train_lib.make_evaluator(config, made, corpus)
   scores = evaluator(params)
   count = len(made.configurations)
-  batches = data_lib.eval_batches(config, corpus, made.configurations)
+  batches = eval_batches(config, corpus, made.configurations)
   assert len(batches) > 1
   losses, hits, tokens = np.zeros((3, count))
   for batch in batches:

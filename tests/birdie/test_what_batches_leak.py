@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from birdie.data import BatchMaker, make_eval_batches
+from birdie.data import BatchMaker
 from birdie.models import GatedSSM
 from birdie.packing import KEYS, Packer
 from birdie.presets import preset
+from birdie.validation import make_eval_batches
 from birdie.vocab import byte_vocabulary
 from common.data.text import TokenStore
 
