@@ -3,153 +3,279 @@
     python benchmarks/sharpness.py
     python benchmarks/sharpness.py --rounds=15 --batch=128
 
-Two convolutions of 32 and 64 channels and a linear head, images of 32 x 32 x 3,
-Adam; everything in one process. FLOPs and memory are the compiler's (`flops`
-of the cost analysis, temporaries of the memory analysis); times are medians
-over rounds in which every candidate runs once, as ratios to the plain step
-and, for what takes two gradients, to `optax.contrib.sam`. `udim, warm-up` is a
-step of UDIM before its `start_step`. The last line is JSON.
+Two convolutions of 32 and 64 channels at full resolution, dropout between them,
+their mean over the pixels and a linear head; images of 32 x 32 x 3, Adam,
+everything in one process. FLOPs are the compiler's (`flops` of the cost
+analysis), in units of `erm`; `gate` is what they may be at most. Times are
+medians over rounds in which every candidate runs once, of the ratio to `erm`
+and to `optax.contrib.sam` in the same round. `temp` is the compiler's memory
+for temporaries; `peak` is that and the arguments and the outputs of the
+program, which is all it can hold at a time.
+
+`look_sam` and `udim, warm-up` are two programs each, between which the host
+chooses (`due`): the former runs a period of 5 steps, one of them with a second
+gradient, of which the mean is shown (of memory the larger program); the latter
+is a step of UDIM without the term, as before `start_step`. The rows `branch`
+are the same as one program that decides by itself; of its FLOPs XLA counts the
+dearer branch. The last line is JSON.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from common import optim
 from udim import UdimConfig, udim_grads
-from udim.models import SmallCNN, init_variables, make_apply_fn
 
-Step = Callable[[Any, Any, dict[str, jax.Array]], tuple[Any, Any]]
-UDIM = {
-  "udim, fast": {},
-  "udim, no reuse": {"share_dropout": False},
-  "udim, detached": {"detach_source": True},
-  "udim, exact": {"data_grad": "exact"},
-  "udim, reference": {"reference_quirks": True},
-  "udim, warm-up": {"start_step": 1_000_000},
-}
+PyTree = Any
+Batch = dict[str, jax.Array]
+PERIOD = 5  # of look_sam
 
 
-MODEL = SmallCNN(num_classes=10, widths=(32, 64))
-apply_fn = make_apply_fn(MODEL)
+class Candidate(NamedTuple):
+  """One row.
+
+  Attributes:
+    step: `(params, state, batch, key, due) -> (params, state)`.
+    tx: its `init` makes the state.
+    gate: FLOPs in units of a plain step that it may take, if there is a limit.
+    dues: `due` of the steps of a period.
+  """
+
+  step: Callable[..., tuple[PyTree, PyTree]]
+  tx: Any
+  gate: float | None
+  dues: tuple[bool | None, ...] = (None,)
 
 
-def loss_fn(params, batch):
-  image = batch["image"].reshape(-1, *batch["image"].shape[2:])
-  variables = {"params": params, "batch_stats": {}}
-  _, logits, _ = apply_fn(variables, image, train=True)
-  return optax.losses.softmax_cross_entropy_with_integer_labels(
-    logits, batch["label"].reshape(-1)
-  ).mean()
+def make_params(key: jax.Array) -> PyTree:
+  shapes = {
+    "layers": [(3, 3, 3, 32), (3, 3, 32, 64)],
+    "head": {"kernel": (64, 10), "bias": (10,)},
+  }
+  return jax.tree.map(
+    lambda shape: 0.1 * jax.random.normal(key, shape),
+    shapes,
+    is_leaf=lambda node: isinstance(node, tuple),
+  )
 
 
-def wrapped(tx: Any) -> tuple[Step, Any]:
-  """A member of the family: the gradient is handed over as a function."""
+def apply_fn(variables, images, *, train, rngs):
+  """The network of tests/udim/test_cost.py."""
+  del train
+  params, hidden = variables["params"], images
+  keep = jax.random.bernoulli(rngs["dropout"], 0.5, (len(images), 1, 1, 32))
+  for i, kernel in enumerate(params["layers"]):
+    hidden = jax.lax.conv_general_dilated(
+      hidden, kernel, (1, 1), "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    hidden = jax.nn.relu(hidden)
+    hidden = hidden * 2 * keep if i == 0 else hidden
+  features = hidden.mean(axis=(1, 2))
+  logits = features @ params["head"]["kernel"] + params["head"]["bias"]
+  return features, logits, {}
 
-  def step(params, state, batch):
-    grad_fn = jax.grad(lambda params: loss_fn(params, batch))
-    updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
+
+def make_gradient(batch: Batch, key: jax.Array) -> Callable[[PyTree], PyTree]:
+  def loss(params):
+    _, logits, _ = apply_fn(
+      {"params": params}, batch["image"][0], train=True, rngs={"dropout": key}
+    )
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, batch["label"][0]
+    ).mean()
+
+  return jax.grad(loss)
+
+
+def plain(base: Any, gate: float | None) -> Candidate:
+  def step(params, state, batch, key, due):
+    del due
+    updates, state = base.update(
+      make_gradient(batch, key)(params), state, params
+    )
     return optax.apply_updates(params, updates), state
 
-  return step, tx
+  return Candidate(step, base, gate)
 
 
-def opaque_sam(base: Any) -> tuple[Step, Any]:
+def of_family(
+  tx: Any, gate: float | None, dues: tuple[bool | None, ...] = (None,)
+) -> Candidate:
+  """A member of the family: the gradient is handed over as a function."""
+
+  def step(params, state, batch, key, due):
+    grad_fn = make_gradient(batch, key)
+    updates, state = tx.update(
+      grad_fn(params), state, params, grad_fn=grad_fn, due=due
+    )
+    return optax.apply_updates(params, updates), state
+
+  return Candidate(step, tx, gate, dues)
+
+
+def opaque_sam(base: Any) -> Candidate:
   """Optax's own, whose gradient function also gets the step's number."""
   ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
   tx = optax.contrib.sam(base, ascent, sync_period=2, opaque_mode=True)
 
-  def step(params, state, batch):
-    grad_fn = jax.grad(lambda params: loss_fn(params, batch))
+  def step(params, state, batch, key, due):
+    del due
+    grad_fn = make_gradient(batch, key)
     updates, state = tx.update(
       grad_fn(params), state, params, grad_fn=lambda params, i: grad_fn(params)
     )
     return optax.apply_updates(params, updates), state
 
-  return step, tx
+  return Candidate(step, tx, None)
 
 
-def plain(base: Any) -> tuple[Step, Any]:
-  def step(params, state, batch):
-    grads = jax.grad(loss_fn)(params, batch)
-    updates, state = base.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  return step, base
-
-
-def with_udim(base: Any, settings: dict[str, Any]) -> tuple[Step, Any]:
+def of_udim(
+  base: Any,
+  gate: float | None,
+  dues: tuple[bool | None, ...] = (None,),
+  **settings: Any,
+) -> Candidate:
   grads_of = udim_grads(apply_fn, "head", UdimConfig(**settings))
 
-  def step(params, state, batch):
+  def step(params, state, batch, key, due):
     count = optax.tree.get(state, "count")
-    key = jax.random.key(0)
-    grads, _ = grads_of(params, batch, key, count)
+    grads, _ = grads_of(params, batch, key, count, due=due)
     updates, state = base.update(grads, state, params)
     return optax.apply_updates(params, updates), state
 
-  return step, base
+  return Candidate(step, base, gate, dues)
 
 
-def make_candidates() -> dict[str, tuple[Step, Any]]:
+def make_candidates(batch_size: int) -> dict[str, Candidate]:
   base = optax.adam(1e-3)
-  family = {
-    "sam": optim.sam(base),
-    "asam": optim.asam(base),
-    "fisher_sam": optim.fisher_sam(base),
-    "gsam": optim.gsam(base),
-    "sagm": optim.sagm(base),
-    "look_sam": optim.look_sam(base),
-    "esam": optim.esam(base),
-    "gam": optim.gam(base),
-  }
+  period = tuple(i % PERIOD == 0 for i in range(PERIOD))
+  udim = functools.partial(of_udim, base)
   return {
-    "erm": plain(base),
+    "erm": plain(base, None),
     "optax.contrib.sam": opaque_sam(base),
-    **{name: wrapped(tx) for name, tx in family.items()},
-    **{name: with_udim(base, s) for name, s in UDIM.items()},
+    "sam": of_family(optim.sam(base), 2.02),
+    "asam": of_family(optim.asam(base), 2.02),
+    "fisher_sam": of_family(optim.fisher_sam(base), 2.02),
+    "gsam": of_family(optim.gsam(base), 2.02),
+    "sagm": of_family(optim.sagm(base), 2.02),
+    "esam": of_family(optim.esam(base), 2.02),
+    "gam": of_family(optim.gam(base), 4.05),
+    "look_sam": of_family(optim.look_sam(base, k=PERIOD), 1.22, period),
+    "look_sam, branch": of_family(optim.look_sam(base, k=PERIOD), None),
+    "udim, fast": udim(3.7),
+    "udim, no reuse": udim(4.1, share_dropout=False),
+    "udim, half": udim(3.05, term_images=batch_size // 2),
+    "udim, detached": udim(3.05, detach_source=True),
+    "udim, exact": udim(5.45, data_grad="exact"),
+    "udim, reference": udim(None, reference_quirks=True),
+    "udim, warm-up": udim(2.02, (False,), start_step=1_000_000),
+    "udim, warm-up, branch": udim(None, start_step=1_000_000),
   }
 
 
-def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-  key = jax.random.key(0)
-  image = jax.random.uniform(key, (1, args.batch, 32, 32, 3))
-  label = jax.random.randint(key, (1, args.batch), 0, 10)
-  batch = {"image": image, "label": label}
-  params = init_variables(MODEL, key, image_shape=(32, 32, 3))["params"]
-  rows, runs = {}, {}
-  for name, (step, tx) in make_candidates().items():
-    state = tx.init(params)
-    compiled = jax.jit(step).lower(params, state, batch).compile()
-    cost: Any = compiled.cost_analysis()
-    memory: Any = compiled.memory_analysis()
-    rows[name] = {
-      "flops": cost["flops"],
-      "temporaries": memory.temp_size_in_bytes,
-      "peak": getattr(memory, "peak_memory_in_bytes", 0),
+class Program:
+  """The compiled programs of a candidate, and what the compiler says of them.
+
+  Attributes:
+    facts: its FLOPs a step, and bytes.
+    times: seconds a step, one for each round.
+  """
+
+  def __init__(self, candidate: Candidate, params, batch: Batch, key):
+    self._dues = candidate.dues
+    self._start = candidate.tx.init(params)
+    self._inputs = params, batch, key
+    step = jax.jit(candidate.step, static_argnames="due")
+    self._compiled = {
+      due: step.lower(params, self._start, batch, key, due=due).compile()
+      for due in set(self._dues)
     }
-    runs[name] = (compiled, state, [])
-  for i in range(args.rounds + 1):
-    for compiled, state, times in runs.values():
-      now = state
-      start = time.perf_counter()
-      for _ in range(args.steps):
-        _, now = compiled(params, now, batch)
-      jax.block_until_ready(now)
-      if i:  # the first round warms up
-        times.append((time.perf_counter() - start) / args.steps)
-  for name, (_, _, times) in runs.items():
-    rows[name]["seconds"] = statistics.median(times)
-    rows[name]["paired"] = statistics.median(
-      a / b for a, b in zip(times, runs["optax.contrib.sam"][2])
+    flops, temp, peak = {}, [], []
+    for due, compiled in self._compiled.items():
+      cost: Any = compiled.cost_analysis()
+      memory: Any = compiled.memory_analysis()
+      flops[due] = cost["flops"]
+      temp.append(memory.temp_size_in_bytes)
+      peak.append(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+      )
+    mean = statistics.fmean(flops[due] for due in self._dues)
+    self.facts = {"flops": mean, "temp": max(temp), "peak": max(peak)}
+    self.times: list[float] = []
+
+  def run(self, steps: int) -> None:
+    params, batch, key = self._inputs
+    state = self._start
+    start = time.perf_counter()
+    for i in range(steps):
+      program = self._compiled[self._dues[i % len(self._dues)]]
+      _, state = program(params, state, batch, key)
+    jax.block_until_ready(state)
+    self.times.append((time.perf_counter() - start) / steps)
+
+  def time_over(self, other: "Program") -> float:
+    return statistics.median(
+      mine / theirs for mine, theirs in zip(self.times, other.times)
     )
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+  key = jax.random.key(0)
+  batch = {
+    "image": jax.random.uniform(key, (1, args.batch, 32, 32, 3)),
+    "label": jax.random.randint(key, (1, args.batch), 0, 10),
+  }
+  params = make_params(key)
+  candidates = make_candidates(args.batch)
+  programs = {
+    name: Program(candidate, params, batch, key)
+    for name, candidate in candidates.items()
+  }
+  for i in range(args.rounds + 1):
+    for program in programs.values():
+      program.run(args.steps)
+      if i == 0:  # the first round warms up
+        program.times.clear()
+  erm, optax_sam = programs["erm"], programs["optax.contrib.sam"]
+  rows = {}
+  for name, program in programs.items():
+    gate = candidates[name].gate
+    ratio = program.facts["flops"] / erm.facts["flops"]
+    rows[name] = program.facts | {
+      "flops_over_erm": ratio,
+      "gate": gate,
+      "holds": None if gate is None else ratio <= gate,
+      "seconds": statistics.median(program.times),
+      "time_over_erm": program.time_over(erm),
+      "time_over_optax": program.time_over(optax_sam),
+    }
   return rows
+
+
+def show(rows: dict[str, dict[str, Any]]) -> None:
+  print(
+    f"{'':21s} FLOPs/erm  gate holds  time/erm time/optax  temp MiB  peak MiB"
+  )
+  for name, row in rows.items():
+    gate = "   -" if row["gate"] is None else f"{row['gate']:.2f}"
+    holds = {None: "-", True: "yes", False: "NO"}[row["holds"]]
+    print(
+      f"{name:21s} {row['flops_over_erm']:9.2f}  {gate} {holds:>5s} "
+      f"{row['time_over_erm']:9.2f} {row['time_over_optax']:10.2f} "
+      f"{row['temp'] / 2**20:9.1f} {row['peak'] / 2**20:9.1f}"
+    )
 
 
 def main() -> None:
@@ -157,18 +283,15 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--rounds", type=int, default=9)
-  parser.add_argument("--steps", type=int, default=5, help="in a round")
-  parser.add_argument("--batch", type=int, default=64)
+  parser.add_argument(
+    "--steps", type=int, default=PERIOD, help=f"in a round; times {PERIOD}"
+  )
+  parser.add_argument("--batch", type=int, default=64, help="even")
   args = parser.parse_args()
+  if args.steps % PERIOD or args.batch % 2:
+    parser.error(f"--steps must be a multiple of {PERIOD}, --batch even")
   rows = measure(args)
-  erm = rows["erm"]
-  print(f"{'':18s} FLOPs / erm  time / erm  time / optax  temporaries MiB")
-  for name, row in rows.items():
-    print(
-      f"{name:18s} {row['flops'] / erm['flops']:11.2f} "
-      f"{row['seconds'] / erm['seconds']:11.2f} {row['paired']:13.2f} "
-      f"{row['temporaries'] / 2**20:16.1f}"
-    )
+  show(rows)
   line = {
     "benchmark": "sharpness",
     "jax": jax.__version__,

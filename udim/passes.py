@@ -7,6 +7,8 @@ Pass 1 goes through the clean images at theta; its `vjp` is kept and called
 twice, for the gradient of the loss and, when the data has moved, for the
 source half of the inconsistency. So the source is forwarded once. That needs
 one dropout mask for both: with a mask a pass, the source goes forward again.
+So it does for a term of some of the images (`term_images`): pulling back
+through all of them would cost more.
 """
 
 import dataclasses
@@ -45,12 +47,12 @@ class Passes:
 
   Attributes:
     grads: gradients of the loss at the parameters.
-    second_pass: `params -> (grads, data_grad [b, ...], {"sam_loss"})`, of one
-      backward pass.
+    second_pass: `params -> (grads, data_grad, {"sam_loss"})`, of one backward
+      pass. `data_grad` is [b, ...], or of the images of the term alone.
     inconsistency_grad_fn: `(params, data_grad) -> (grads, metrics)`, the added
       term.
-    data_grad_fn: `(params, eps) -> data_grad [b, ...]`, for a `data_grad`
-      that is not "fast".
+    data_grad_fn: `(params, eps) -> data_grad`, for a `data_grad` that is not
+      "fast".
     aux: `metrics` and `batch_stats` of the first pass.
   """
 
@@ -64,7 +66,8 @@ class Passes:
   def fns(self) -> dict[str, Callable]:
     """The keywords of `udim(...).update`."""
     return {
-      "grad_fn": lambda params: self.second_pass(params)[:2],
+      "value": self.aux["metrics"]["loss"],
+      "grad_fn": self.second_pass,
       "inconsistency_grad_fn": self.inconsistency_grad_fn,
       "data_grad_fn": self.data_grad_fn,
     }
@@ -85,7 +88,9 @@ def udim_passes(
     accum: micro-batches, each with n / accum images of every domain. The
       gradients are those of the whole batch (but for BatchNorm, whose batch
       statistics are then a micro-batch's), for one more forward pass of both
-      halves: moments accumulate, the inconsistency would not.
+      halves: moments accumulate, the inconsistency would not. It divides
+      `cfg.term_images` too. A loop in the program: on the CPU, XLA compiles
+      the gradients of convolutions badly there.
 
   Returns:
     `(params, batch, rng, step, *, batch_stats={}) -> Passes`, which computes
@@ -100,7 +105,8 @@ def udim_passes(
     step: int, the number of updates done, for schedules.
 
   Raises:
-    UserError: from the call, for a batch or a head of other shapes.
+    UserError: from the call, for a batch or a head of other shapes, and for
+      numbers of images that do not divide.
   """
   cfg = cfg.resolved()
 
@@ -115,6 +121,7 @@ def udim_passes(
     images, labels, domains = _flatten(batch)
     rho_x = value_at(cfg.rho_x, jnp.asarray(step))
     model = _Model(apply_fn, head_path, cfg, batch_stats, domains, rho_x)
+    _check_counts(len(images) // domains, cfg.term_images, accum)
     keys: Keys = dict.fromkeys(_PASSES, rng)
     if rng is not None and not cfg.share_dropout:
       keys = dict(zip(_PASSES, jax.random.split(rng, len(_PASSES))))
@@ -147,6 +154,25 @@ def _flatten(batch: Batch) -> tuple[jax.Array, jax.Array, int]:
   return flat(images), flat(labels), labels.shape[0]
 
 
+def _check_counts(count: int, term_images: int, accum: int) -> None:
+  """Refuses numbers that do not divide `count` images of a domain."""
+  if term_images and count % term_images:
+    raise UserError(
+      f"udim: term_images={term_images} does not divide the {count} images of "
+      "a domain; choose a divisor, or 0 for all"
+    )
+  if count % accum:
+    raise UserError(
+      f"udim: accum={accum} does not divide the {count} images of a domain; "
+      "choose a divisor"
+    )
+  if term_images % accum:
+    raise UserError(
+      f"udim: accum={accum} does not divide term_images={term_images}; choose "
+      "a multiple"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Model:
   """A model under the settings: its losses, statistics and the added term."""
@@ -162,6 +188,18 @@ class _Model:
     variables = {"params": params, "batch_stats": self.batch_stats}
     rngs = {} if key is None else {"dropout": key}
     return self.apply_fn(variables, images, train=True, rngs=rngs)
+
+  def of_term(self, x: jax.Array) -> jax.Array:
+    """[n s, ...] -> the rows of the images that the term uses.
+
+    Every so-many-th image of each domain: of a sharded n, equally many from
+    every shard that has one at all, and then none is moved.
+    """
+    rows = self.cfg.term_images * self.domains
+    if rows in (0, len(x)):
+      return x
+    strided = x.reshape(self.cfg.term_images, -1, self.domains, *x.shape[1:])
+    return strided[:, 0].reshape(rows, *x.shape[1:])
 
   def head(self, params: PyTree) -> tuple[jax.Array, jax.Array]:
     found = params
@@ -259,6 +297,8 @@ class _Model:
 def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
   """Passes over the whole batch at once; pass 1 is kept."""
   first_params, how = params, model.cfg.data_grad
+  term_images, term_labels = model.of_term(images), model.of_term(labels)
+  is_part = len(term_images) < len(images)
 
   def clean(params, images):
     features, logits, stats = model.forward(params, images, keys["clean"])
@@ -270,32 +310,35 @@ def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
   grads, data_grad = pull((jnp.zeros_like(features), of_logits))
 
   def data_grad_at(params):
-    return model.data_grad(params, images, labels, keys["clean"])
+    return model.data_grad(params, term_images, term_labels, keys["clean"])
 
-  if how == "exact":  # here, not in a branch: it shares pass 1
+  if how == "exact" and not is_part:  # not in a branch: it shares pass 1
     _, along = jax.linearize(data_grad_at, params)
 
   def data_grad_fn(params, eps):
-    if params is not first_params:
+    if params is not first_params or (how == "exact" and is_part):
       return slow_data_grad(how, data_grad_at, params, eps)
-    return data_grad + along(eps) if how == "exact" else data_grad
+    return (
+      data_grad + along(eps) if how == "exact" else model.of_term(data_grad)
+    )
 
   def second_pass(params):
     (loss, _), (grads, data_grad) = model.gradients(
       params, images, labels, keys["ascended"]
     )
-    return grads, data_grad, {"sam_loss": loss}
+    return grads, model.of_term(data_grad), {"sam_loss": loss}
 
   def term_fn(params, data_grad):
-    perturbed, rms = model.perturb(images, data_grad)
-    if params is first_params and keys["source"] is keys["clean"]:
+    perturbed, rms = model.perturb(term_images, data_grad)
+    is_shared = keys["source"] is keys["clean"] and not is_part
+    if params is first_params and is_shared:
       term, metrics = _kept_term(
         model, params, (features, logits, pull), perturbed, labels, keys
       )
     else:
       term, metrics = jax.grad(
         lambda params: model.objective(
-          model.statistics_at(params, images, perturbed, labels, keys)
+          model.statistics_at(params, term_images, perturbed, term_labels, keys)
         ),
         has_aux=True,
       )(params)
@@ -344,8 +387,10 @@ def _accumulated(
 ) -> Passes:
   """Passes over micro-batches, one after the other; none is kept."""
   deal = functools.partial(_deal, domains=model.domains, accum=accum)
+  term_images, term_labels = model.of_term(images), model.of_term(labels)
   order = jnp.arange(accum)
   batches = (order, deal(images), deal(labels))
+  term_batches = (order, deal(term_images), deal(term_labels))
 
   def key(name: str, i: jax.Array) -> jax.Array | None:
     of_pass = keys[name]
@@ -355,7 +400,7 @@ def _accumulated(
     blocked = data_grads.reshape(
       accum, -1, model.domains, *data_grads.shape[2:]
     )
-    return jnp.swapaxes(blocked, 0, 1).reshape(images.shape)
+    return jnp.swapaxes(blocked, 0, 1).reshape(-1, *data_grads.shape[2:])
 
   def gradients(params, name):
     def one(batch):
@@ -373,14 +418,14 @@ def _accumulated(
       i, images, labels = batch
       return (), model.data_grad(params, images, labels, key("clean", i))
 
-    return undeal(mean_over_batches(one, batches)[1]) / accum
+    return undeal(mean_over_batches(one, term_batches)[1]) / accum
 
   def second_pass(params):
     (loss, _), grads, data_grad = gradients(params, "ascended")
-    return grads, data_grad, {"sam_loss": loss}
+    return grads, model.of_term(data_grad), {"sam_loss": loss}
 
   def term_fn(params, data_grad):
-    perturbed, rms = model.perturb(images, data_grad)
+    perturbed, rms = model.perturb(term_images, data_grad)
 
     def statistics(params, batch):
       i, images, labels, perturbed = batch
@@ -388,7 +433,7 @@ def _accumulated(
       return model.statistics_at(params, images, perturbed, labels, own_keys)
 
     metrics, term = accumulated_gradient(
-      statistics, params, (*batches, deal(perturbed)),
+      statistics, params, (*term_batches, deal(perturbed)),
       objective=model.objective,
     )  # fmt: skip
     return term, metrics | {"perturbation_rms": rms}
@@ -405,11 +450,5 @@ def _deal(x: jax.Array, *, domains: int, accum: int) -> jax.Array:
   """[n s, ...] -> [m, n s / m, ...], images dealt round so that every
   micro-batch spans all domains and all data shards.
   """
-  count = x.shape[0] // domains
-  if count % accum:
-    raise UserError(
-      f"udim: accum={accum} does not divide the {count} images of a domain; "
-      "choose a divisor"
-    )
-  blocked = x.reshape(count // accum, accum, domains, *x.shape[1:])
+  blocked = x.reshape(-1, accum, domains, *x.shape[1:])
   return jnp.swapaxes(blocked, 0, 1).reshape(accum, -1, *x.shape[1:])

@@ -37,7 +37,14 @@ class UdimConfig:
     terms: which of "pen" (squared distance of the gradient variances) and
       "norm" (squared norms of the perturbed gradients) make up the term.
     start_step: until then a step is one of SAM, at the cost of SAM.
-    every: from then on every so many steps have the term, times `every`.
+    every: from then on every so many steps have the term, times `every`. Like
+      `start_step` and a schedule of `lambda1` it makes a branch in the program
+      unless the caller decides, with `is_due`.
+    term_images: how many images of each domain the term uses, a divisor of
+      their number n; 0 is all. Those are every (n / term_images)-th one, so
+      that shards of a batch give equally many; batches are random draws, so
+      any will do. Passes of the term cost that much less, but none is shared
+      with the loss. "batch" normalises over those images.
     mode: "inconsistency", or "perturbed_sam": the added term is the plain
       loss on the perturbed images, the control that tells what the data
       perturbation does alone.
@@ -70,6 +77,7 @@ class UdimConfig:
   terms: tuple[str, ...] = ("pen", "norm")
   start_step: int = 0
   every: int = 1
+  term_images: int = 0
   mode: str = "inconsistency"
   perturbation: str = "pixel"
   share_dropout: bool = True
@@ -81,7 +89,7 @@ class UdimConfig:
       value = getattr(self, name)
       holds = callable(value) or (_is_number(value) and value >= 0)
       _require(holds, name, value, "a number from 0, or a schedule")
-    for name, least in (("start_step", 0), ("every", 1)):
+    for name, least in _COUNTS.items():
       value = getattr(self, name)
       holds = _is_number(value, numbers.Integral) and value >= least
       _require(holds, name, value, f"an integer from {least}")
@@ -105,6 +113,22 @@ class UdimConfig:
     holds = value is None or _is_range(value)
     _require(holds, "clip_range", value, "(low, high), or None")
 
+  def is_due(self, step: int) -> bool:
+    """Whether a step has the term: the `due` of `udim` and `udim_grads`.
+
+    For the host, which then chooses between two programs without a branch. A
+    schedule of `lambda1` is evaluated, and waited for, where the other
+    settings leave it open; a `start_step` is cheaper than zeros before it.
+
+    Args:
+      step: the number of updates done.
+    """
+    since = step - self.start_step
+    if since < 0 or since % self.every:
+      return False
+    weight = self.lambda1(step) if callable(self.lambda1) else self.lambda1
+    return float(weight) != 0
+
   def resolved(self) -> "UdimConfig":
     """The settings in force: `reference_quirks` overrides others."""
     if not self.reference_quirks:
@@ -127,6 +151,7 @@ _CHOICES = {
   "mode": ("inconsistency", "perturbed_sam"),
   "perturbation": ("pixel", "style"),
 }
+_COUNTS = {"start_step": 0, "every": 1, "term_images": 0}  # least values
 _SWITCHES = ("detach_source", "share_dropout", "reference_quirks")
 
 

@@ -7,14 +7,28 @@ A step has up to four gradients:
     3, 4  T = grad of the inconsistency at theta, through the perturbed half
           and through the source half, whose forward pass is that of 1
 
-and gives G + lambda1 * T to the base optimizer. FLOPs in units of one
-gradient, of which a forward pass is a third:
+and gives G + lambda1 * T to the base optimizer. Any other ascent and any way to
+combine g and G do as well. FLOPs in units of one gradient, of which a forward
+pass is a third:
 
     a step of SAM, or one without the term             2
     "fast" and "plain"; a dropout mask a pass          3.7;  4
     the same with `detach_source`                      3;    3.4
     "exact"                                            5.1;  5.4
     `accum` micro-batches, "fast"                      4.7
+    `term_images` of half the images, "fast"           3
+
+Some steps have the term and some have not (`start_step`, `every`, a schedule of
+`lambda1`). Decided from the step's number that is a branch in the program. XLA
+compiles the gradients of convolutions well only outside branches on the CPU:
+inside, a step takes many times as long as its FLOPs say. With `due` the host
+decides, and there are two programs without a branch:
+
+    step = jax.jit(step, static_argnames="due")
+    for i in range(num_steps):
+      params, state = step(params, state, batch(i), due=cfg.is_due(i))
+
+where `step` hands `due` on to `update`, or to the function of `udim_grads`.
 
 arXiv 2403.07329; the authors' `iada/iada_final.py`.
 """
@@ -29,7 +43,15 @@ import optax
 
 from common import tree
 from common.errors import UserError
-from common.optim.ascent import add_scaled, sam_ascent, scaled, value_at
+from common.optim.ascent import (
+  add_scaled,
+  make_ascent,
+  sam_ascent,
+  scaled,
+  state_after,
+  value_at,
+)
+from common.optim.second_pass import Combine, check_due, second_gradient
 from udim.passes import (
   ApplyFn,
   Batch,
@@ -42,8 +64,10 @@ from udim.settings import UdimConfig
 PyTree = Any
 TermFn = Callable[[PyTree, jax.Array], tuple[PyTree, Metrics]]
 DataGradFn = Callable[[PyTree, PyTree], jax.Array]
+# Of the last update; the first two are 0 unless the caller gives them.
 STATE_METRICS = (
-  "grad_norm", "term_grad_norm", "pen", "gn", "perturbation_rms", "active",
+  "loss", "sam_loss", "grad_norm", "term_grad_norm", "pen", "gn",
+  "perturbation_rms", "active",
 )  # fmt: skip
 
 
@@ -53,18 +77,25 @@ class UdimState(NamedTuple):
   Attributes:
     count: int32, updates done.
     base_state: the base optimizer's.
-    metrics: scalars of the last update: `grad_norm` of the first gradient;
-      `active`, 1 if it had the term and 0 if not; and of the term (0 without)
-      `term_grad_norm`, `pen`, `gn` and `perturbation_rms`.
+    metrics: scalars of the last update: `loss` (the `value` that `update` was
+      given) and `grad_norm` of the first gradient; `sam_loss` at the perturbed
+      parameters; `active`, 1 if it had the term and 0 if not; and of the term
+      (0 without) `term_grad_norm`, `pen`, `gn` and `perturbation_rms`.
+    ascent_state: the ascent's.
   """
 
   count: jax.Array
   base_state: optax.OptState
   metrics: Metrics
+  ascent_state: PyTree
 
 
 def udim(
-  base: optax.GradientTransformation, cfg: UdimConfig
+  base: optax.GradientTransformation,
+  cfg: UdimConfig,
+  *,
+  ascent: optax.GradientTransformation | None = None,
+  combine: Combine = second_gradient,
 ) -> optax.GradientTransformationExtraArgs:
   """SAM plus `lambda1` times the inconsistency, before any base optimizer.
 
@@ -86,30 +117,48 @@ def udim(
   once: with the gradient it is given, 2 gradients or 4. Its arguments:
 
     updates: gradients of the loss at `params`.
-    grad_fn: `params -> (grads, data_grad [b, ...])`, of one backward pass.
+    grad_fn: `params -> (grads, data_grad [b, ...])`, of one backward pass; as
+      a third part it may give metrics, such as `{"sam_loss": loss}`.
     inconsistency_grad_fn: `(params, data_grad) -> (grads, metrics)`, with at
       least the scalars `pen`, `gn` and `perturbation_rms`.
     data_grad_fn: optional, `(params, eps) -> data_grad`, for `cfg.data_grad`
       "exact" or "plain". Without it `grad_fn` is evaluated for these.
+    value: optional, the loss at `params`; for the metrics, and for a base
+      optimizer that wants it.
+    due: optional bool, static: whether this step has the term, in place of
+      `start_step`, `every` and a schedule of `lambda1`. `cfg.is_due` tells. A
+      `lambda1` of 0 has no term in any case.
 
   Args:
     base: the optimizer.
     cfg: the settings. What concerns images, losses and heads is up to
       `inconsistency_grad_fn`.
+    ascent: gives eps in place of SAM's, and `cfg.rho` is then not used; one of
+      `common.optim`, or any.
+    combine: `(g, G, count) -> gradient`, to which the term is added. With the
+      ascent and the combination of another member of the SAM family it is
+      that member plus the term, for example
+
+          udim(base, cfg, ascent=sagm_ascent(), combine=sagm_combine())
+          udim(base, cfg, combine=gsam_combine(0.2))
 
   Returns:
     The transform. Inside `optax.MultiSteps` only the first gradient would
     accumulate: give `udim_passes` its `accum` instead.
 
   Raises:
-    UserError: from `update`, without parameters, functions or those metrics.
+    UserError: for an `ascent` beside `reference_quirks`; from `update`,
+      without parameters, functions or those metrics, and for a `due` that is
+      not known when the program is traced.
   """
   cfg = cfg.resolved()
+  ascent = _choose_ascent(cfg, ascent)
   base = optax.with_extra_args_support(base)
 
   def init(params: PyTree) -> UdimState:
     metrics = {name: jnp.zeros(()) for name in STATE_METRICS}
-    return UdimState(jnp.zeros((), jnp.int32), base.init(params), metrics)
+    count = jnp.zeros((), jnp.int32)
+    return UdimState(count, base.init(params), metrics, ascent.init(params))
 
   def update(
     updates,
@@ -119,6 +168,7 @@ def udim(
     grad_fn=None,
     inconsistency_grad_fn=None,
     data_grad_fn=None,
+    due=None,
     **extra,
   ):
     if params is None or grad_fn is None or inconsistency_grad_fn is None:
@@ -126,36 +176,58 @@ def udim(
         "udim: update needs params, grad_fn and inconsistency_grad_fn: pass "
         "them, such as those of `udim_passes`"
       )
-
     if data_grad_fn is None:
       data_grad_fn = functools.partial(
         slow_data_grad, cfg.data_grad, lambda params: grad_fn(params)[1]
       )
+
+    def second_pass(ascended):
+      grads, data_grad, *metrics = grad_fn(ascended)
+      return grads, data_grad, metrics[0] if metrics else {}
+
+    eps, ascent_state = ascent.update(updates, state.ascent_state, params)
     total, metrics = _combine(
       cfg,
       state.count,
       updates,
       params,
-      second_pass=lambda ascended: (*grad_fn(ascended), {}),
+      eps,
+      combine=combine,
+      second_pass=second_pass,
       term_fn=inconsistency_grad_fn,
       data_grad_fn=data_grad_fn,
+      due=due,
     )
-    for name in STATE_METRICS:
-      if name not in metrics:
-        raise UserError(f"udim: inconsistency_grad_fn gives no metric {name!r}")
+    metrics = _for_state(metrics, state.metrics, value=extra.get("value"))
     updates, base_state = base.update(total, state.base_state, params, **extra)
-    kept = {
-      name: metrics[name].astype(old.dtype)
-      for name, old in state.metrics.items()
-    }
     count = jnp.asarray(optax.safe_increment(state.count))
-    return updates, UdimState(count, base_state, kept)
+    return updates, UdimState(count, base_state, metrics, ascent_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _for_state(
+  found: Metrics, old: Metrics, *, value: jax.Array | None
+) -> Metrics:
+  """The metrics that the state keeps, in the dtypes it keeps them in."""
+  optional = {name: jnp.zeros(()) for name in ("loss", "sam_loss")}
+  if value is not None:
+    optional["loss"] = jnp.asarray(value)
+  found = optional | found
+  for name in old:
+    if name not in found:
+      raise UserError(f"udim: inconsistency_grad_fn gives no metric {name!r}")
+  return {name: found[name].astype(like.dtype) for name, like in old.items()}
+
+
 def udim_grads(
-  apply_fn: ApplyFn, head_path: str, cfg: UdimConfig, *, accum: int = 1
+  apply_fn: ApplyFn,
+  head_path: str,
+  cfg: UdimConfig,
+  *,
+  accum: int = 1,
+  ascent: optax.GradientTransformation | None = None,
+  combine: Combine = second_gradient,
 ) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
   """UDIM's gradients, for any optimizer and any loop.
 
@@ -164,10 +236,13 @@ def udim_grads(
     head_path: path of its linear head in the parameters.
     cfg: the settings.
     accum: micro-batches, see `udim_passes`.
+    ascent: as for `udim`; its state must be no more than the number of updates
+      done, which is `step`.
+    combine: as for `udim`.
 
   Returns:
-    `(params, batch, rng, step, *, batch_stats={}) -> (grads, aux)`, arguments
-    as for `udim_passes`. `aux` holds
+    `(params, batch, rng, step, *, batch_stats={}, due=None) -> (grads, aux)`,
+    arguments as for `udim_passes` and `udim`. `aux` holds
 
     metrics: scalars: `loss` and `grad_norm` at `params`, `sam_loss` at
       theta + eps; `active`, 1 if the step has the term and 0 if not; of the
@@ -177,9 +252,12 @@ def udim_grads(
       other pass writes.
 
   Raises:
-    UserError: from the call, for a batch or a head of other shapes.
+    UserError: for an `ascent` beside `reference_quirks`; from the call, for a
+      batch or a head of other shapes, an `ascent` that remembers more, and a
+      `due` that is not known when the program is traced.
   """
   cfg = cfg.resolved()
+  ascent = _choose_ascent(cfg, ascent)
   passes_of = udim_passes(apply_fn, head_path, cfg, accum=accum)
 
   def grads_of(
@@ -189,56 +267,85 @@ def udim_grads(
     step: int | jax.Array,
     *,
     batch_stats: PyTree = {},  # noqa: B006, never written
+    due: bool | None = None,
   ) -> tuple[PyTree, dict[str, PyTree]]:
     passes = passes_of(params, batch, rng, step, batch_stats=batch_stats)
+    ascent_state = state_after(ascent, params, step)
+    eps, _ = ascent.update(passes.grads, ascent_state, params)
     grads, metrics = _combine(
       cfg,
-      step,
+      jnp.asarray(step),
       passes.grads,
       params,
+      eps,
+      combine=combine,
       second_pass=passes.second_pass,
       term_fn=passes.inconsistency_grad_fn,
       data_grad_fn=passes.data_grad_fn,
+      due=due,
     )
     return grads, passes.aux | {"metrics": passes.aux["metrics"] | metrics}
 
   return grads_of
 
 
+def _choose_ascent(
+  cfg: UdimConfig, ascent: optax.GradientTransformation | None
+) -> optax.GradientTransformation:
+  if ascent is not None and cfg.reference_quirks:
+    raise UserError(
+      "udim: reference_quirks=True is about SAM's ascent: leave ascent=None"
+    )
+  if ascent is not None:
+    return ascent
+  if not cfg.reference_quirks:
+    return sam_ascent(cfg.rho)
+
+  def direction(grads, params, rho):  # no 1e-12: NaN for a zero gradient
+    del params
+    return scaled(grads, rho / tree.global_norm(grads))
+
+  return make_ascent(direction, rho=cfg.rho)
+
+
 def _combine(
   cfg: UdimConfig,
-  step: int | jax.Array,
+  step: jax.Array,
   grads: PyTree,
   params: PyTree,
+  eps: PyTree,
   *,
+  combine: Combine,
   second_pass: Callable[[PyTree], tuple[PyTree, jax.Array, Metrics]],
   term_fn: TermFn,
   data_grad_fn: DataGradFn,
+  due: bool | None,
 ) -> tuple[PyTree, Metrics]:
-  """G + lambda1 every T, or G, with the metrics of either."""
-  step = jnp.asarray(step)
-  eps = _ascent(cfg, step, grads)
+  """What `combine` makes of g and G, plus lambda1 every T where it is due,
+  with the metrics of either.
+  """
+  check_due(due)
   ascended = optax.apply_updates(params, eps)
   weight = value_at(cfg.lambda1, step) * cfg.every
 
   def with_term():
-    sam_grads, data_grad, metrics = second_pass(ascended)
+    perturbed_grads, data_grad, metrics = second_pass(ascended)
     if cfg.data_grad != "fast":
       data_grad = data_grad_fn(params, eps)
     term, term_metrics = term_fn(params, data_grad)
     norm = tree.global_norm(term)
     own = {"term_grad_norm": norm, "active": jnp.ones_like(norm)}
-    total = add_scaled(sam_grads, weight, term)
+    total = add_scaled(combine(grads, perturbed_grads, step), weight, term)
     return total, metrics | term_metrics | own
 
   def without_term():
     # The second pass is in both branches so that this one has no grad_x.
-    sam_grads, _, metrics = second_pass(ascended)
+    perturbed_grads, _, metrics = second_pass(ascended)
     _, shapes = jax.eval_shape(with_term)
     zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-    return sam_grads, zeros | metrics
+    return combine(grads, perturbed_grads, step), zeros | metrics
 
-  active = _is_active(cfg, step, weight)
+  active = _is_active(cfg, step, weight, due)
   if isinstance(active, bool):
     total, metrics = with_term() if active else without_term()
   else:
@@ -246,20 +353,15 @@ def _combine(
   return total, metrics | {"grad_norm": tree.global_norm(grads)}
 
 
-def _is_active(cfg: UdimConfig, step: jax.Array, weight) -> bool | jax.Array:
-  """Whether this step has the term; a bool if that is so for all steps."""
-  if not callable(cfg.lambda1):
-    if cfg.lambda1 == 0:
-      return False
-    if cfg.start_step == 0 and cfg.every == 1:
-      return True
+def _is_active(
+  cfg: UdimConfig, step: jax.Array, weight, due: bool | None
+) -> bool | jax.Array:
+  """Whether this step has the term; a bool if that is known now."""
+  if not callable(cfg.lambda1) and cfg.lambda1 == 0:
+    return False
+  if due is not None:
+    return bool(due)
+  if not callable(cfg.lambda1) and cfg.start_step == 0 and cfg.every == 1:
+    return True
   since = step - cfg.start_step
   return (since >= 0) & (since % cfg.every == 0) & (weight != 0)
-
-
-def _ascent(cfg: UdimConfig, step: jax.Array, grads: PyTree) -> PyTree:
-  rho = value_at(cfg.rho, step)
-  if cfg.reference_quirks:  # no 1e-12: NaN for a zero gradient
-    return scaled(grads, rho / tree.global_norm(grads))
-  ascent = sam_ascent(rho)
-  return ascent.update(grads, ascent.init(grads))[0]

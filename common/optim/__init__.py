@@ -14,6 +14,8 @@ _EXPORTS = {
   "look_sam": "common.optim.sharpness",
   "esam": "common.optim.sharpness",
   "sharpness_aware": "common.optim.second_pass",
+  "gsam_combine": "common.optim.second_pass",
+  "sagm_combine": "common.optim.second_pass",
   "fill_masked": "common.optim.second_pass",
   "sam_ascent": "common.optim.ascent",
   "asam_ascent": "common.optim.ascent",

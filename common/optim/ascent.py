@@ -30,7 +30,7 @@ import optax
 
 from common.errors import UserError
 from common.rngs import RngStreams
-from common.tree import global_norm
+from common.tree import global_norm, names
 
 PyTree = Any
 Setting = float | jax.Array | optax.Schedule
@@ -62,7 +62,7 @@ def sam_ascent(rho: Setting = 0.05) -> optax.GradientTransformation:
     Generalization, eq. 2, arXiv 2010.01412
   """
   check_settings(rho=rho)
-  return _ascent(lambda grads, params, rho: climb(grads, rho), rho=rho)
+  return make_ascent(lambda grads, params, rho: climb(grads, rho), rho=rho)
 
 
 def asam_ascent(
@@ -103,7 +103,7 @@ def asam_ascent(
       scaled,
     )
 
-  return _ascent(direction, rho=rho, eta=eta)
+  return make_ascent(direction, rho=rho, eta=eta)
 
 
 def fisher_ascent(
@@ -143,7 +143,7 @@ def fisher_ascent(
       lambda g, n: (length * n).astype(g.dtype), grads, natural
     )
 
-  return _ascent(direction, rho=rho, eta=eta)
+  return make_ascent(direction, rho=rho, eta=eta)
 
 
 def sagm_ascent(
@@ -174,7 +174,7 @@ def sagm_ascent(
     del params
     return scaled(grads, rho / (global_norm(grads) + TINY) - alpha)
 
-  return _ascent(direction, rho=rho, alpha=alpha)
+  return make_ascent(direction, rho=rho, alpha=alpha)
 
 
 def random_part(
@@ -214,7 +214,7 @@ def random_part(
       kept.append(jnp.where(drawn, x, 0))
     return scaled(jax.tree.unflatten(structure, kept), 1 / fraction)
 
-  return _ascent(
+  return make_ascent(
     direction, fraction=fraction, key=lambda count: streams(count)["weights"]
   )
 
@@ -224,10 +224,19 @@ def climb(grads: PyTree, rho: float | jax.Array) -> PyTree:
   return scaled(grads, rho / (global_norm(grads) + TINY))
 
 
-def _ascent(
+def make_ascent(
   direction: Callable[..., PyTree], **settings: Setting | Callable
 ) -> optax.GradientTransformation:
-  """`direction(grads, params, **settings)`, settings at the update's count."""
+  """An ascent whose only state is the number of updates done.
+
+  Args:
+    direction: `(grads, params, **settings) -> e`.
+    **settings: numbers, or functions of the number of updates done; their
+      values are handed to `direction`.
+
+  Returns:
+    The ascent.
+  """
 
   def init(params: PyTree) -> AscentState:
     del params
@@ -241,6 +250,33 @@ def _ascent(
     return epsilon, AscentState(next_count(state.count))
 
   return optax.GradientTransformation(init, update)
+
+
+def state_after(
+  ascent: optax.GradientTransformation, params: PyTree, count: int | jax.Array
+) -> PyTree:
+  """The state of an ascent after `count` updates, if that is all it holds.
+
+  Args:
+    ascent: one of this module, or any whose state is nothing but leaves that
+      are called `count`, such as `optax.scale_by_schedule`, or is empty.
+    params: the parameters.
+    count: int, updates done.
+
+  Returns:
+    The state.
+
+  Raises:
+    UserError: for an ascent that remembers more.
+  """
+  state = jax.eval_shape(ascent.init, params)
+  for path in jax.tree.leaves(names(state)):
+    if path.split("/")[-1] != "count":
+      raise UserError(
+        "only an ascent whose state is the number of updates can be begun at "
+        f"any step; this one has {path!r}"
+      )
+  return jax.tree.map(lambda s: jnp.asarray(count, s.dtype), state)
 
 
 def check_settings(*, upto: float = math.inf, **settings: Setting) -> None:

@@ -23,6 +23,8 @@ DEFAULTS: Mapping[str, Any] = {
   "final_ratio": 0.0,  # the schedule's floor, as a part of lr
   "clip_norm": 0.0,  # of all gradients together; 0 is none
   "weight_decay": 0.0,  # times the learning rate, as in AdamW
+  # decoupled | coupled: added to the gradient, as PyTorch's Adam and SGD do.
+  "decay": "decoupled",
   # Regexes of the parameters without decay. By name, not by rank: under a
   # scan over layers the scale of a norm is a matrix.
   "no_decay": (r"(^|/)(scale|bias|\w+_bias|embedding)$", r"(?i)norm"),
@@ -33,6 +35,8 @@ DEFAULTS: Mapping[str, Any] = {
   "momentum": 0.9,  # sgd; 0 is none
   "nesterov": False,  # sgd
 }
+
+DECAYS = ("decoupled", "coupled")
 
 
 def make_optimizer(
@@ -46,7 +50,9 @@ def make_optimizer(
       p <- p - lr(step) * (direction + weight_decay * p)
 
   Decay is decoupled from the gradient (Loshchilov and Hutter, arXiv
-  1711.05101) and follows the schedule. It spares what `no_decay` finds by
+  1711.05101) and follows the schedule; with `decay="coupled"` it is the L2
+  penalty of old, `weight_decay * p` added to the gradient behind the clipping,
+  which adamw then is Adam. It spares what `no_decay` finds by
   path: by default norms, biases and embeddings. Frozen parameters get updates
   of zero and no moments, are not decayed and do not count in the clipping.
 
@@ -89,7 +95,8 @@ def make_optimizer(
     parts.append(optax.clip_by_global_norm(cfg["clip_norm"]))
   parts.append(_direction(cfg))
   if cfg["weight_decay"]:
-    parts.append(_decay(cfg["weight_decay"], tuple(cfg["no_decay"])))
+    place = len(parts) - (cfg["decay"] == "coupled")
+    parts.insert(place, _decay(cfg["weight_decay"], tuple(cfg["no_decay"])))
   parts.append(optax.scale_by_learning_rate(schedule))
   optimizer = optax.chain(*parts)
   if cfg["frozen"]:
@@ -104,6 +111,10 @@ def _check_values(cfg: Mapping[str, Any]) -> None:
   for name in ("b1", "b2", "momentum"):
     if not 0 <= cfg[name] < 1:
       raise UserError(f"optim.{name}={cfg[name]} must be from 0 and below 1")
+  if cfg["decay"] not in DECAYS:
+    raise UserError(
+      f"optim.decay={cfg['decay']!r}{did_you_mean(cfg['decay'], DECAYS)}"
+    )
   if not cfg["eps"] > 0:
     raise UserError(f"optim.eps={cfg['eps']} must be above 0")
   for name in ("frozen", "no_decay"):

@@ -2,12 +2,39 @@
 
 Each is an `optax.GradientTransformationExtraArgs` around a base optimizer:
 
-    update(grads, state, params, *, grad_fn, **extra) -> (updates, state)
+    update(grads, state, params, *, grad_fn, due=None, **extra)
+      -> (updates, state)
 
 `grads` is the gradient at `params`; `grad_fn(params) -> grads | (grads, aux)`
 takes it elsewhere, on the same batch. So the loop never sees the perturbed
 weights, and step counts, logs, averages and checkpoints mean what they say.
-`extra` and `grad_fn` are passed on to the base optimizer.
+`extra` and `grad_fn` are passed on to the base optimizer, `due` is not.
+
+Periods. With `due=None` a member with a period (`every`, LookSAM's `k`) looks
+at its count: one program, and in it a branch. XLA compiles the gradients of
+convolutions well only outside branches and loops on the CPU; inside, a step
+takes many times as long as its FLOPs say. With `due=True` or `due=False` the
+caller decides instead, when the program is traced, and there is no branch: two
+programs, and the host takes the one for its step. The count goes on in both;
+the period is then the caller's. In the loop of `common.train`,
+`common.step.StepChoice` does this.
+
+    >>> import functools, jax, optax
+    >>> from common.optim import look_sam
+    >>> tx = look_sam(optax.sgd(0.1), k=5)
+    >>> params = jax.numpy.array([3.0, -1.0])
+    >>> state = tx.init(params)
+    >>> @functools.partial(jax.jit, static_argnames="due")
+    ... def step(params, state, due):
+    ...   grad_fn = jax.grad(lambda params: (params**2).sum())
+    ...   updates, state = tx.update(
+    ...     grad_fn(params), state, params, grad_fn=grad_fn, due=due
+    ...   )
+    ...   return optax.apply_updates(params, updates), state
+    >>> for i in range(20):
+    ...   params, state = step(params, state, due=i % 5 == 0)
+    >>> print(state.count, jax.numpy.abs(params).max() < 0.1)
+    20 True
 
 In a chain, what stands before acts on the first gradient only. To act on the
 outcome (clipping, decay), put it into the base optimizer, or behind a member
@@ -30,10 +57,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from common.errors import UserError
-from common.optim.ascent import Setting, is_known, next_count, value_at
+from common.optim.ascent import (
+  Setting,
+  add_scaled,
+  check_settings,
+  is_known,
+  next_count,
+  reject,
+  scaled,
+  value_at,
+)
 
 PyTree = Any
 Mask = Any  # a tree of bools, a function that gives one, or None for all
@@ -83,6 +120,39 @@ def second_gradient(
   return perturbed_grads
 
 
+def gsam_combine(alpha: Setting = 0.2) -> Combine:
+  """What GSAM makes of its two gradients.
+
+      perp = g - (<g, g_p> / ||g_p||^2) g_p;   out = g_p - alpha perp
+
+  Args:
+    alpha: the weight of the gap, as for `gsam`.
+
+  Returns:
+    `(g, g_p, count) -> out`.
+
+  Raises:
+    UserError: for a negative `alpha`.
+  """
+  check_settings(alpha=alpha)
+
+  def combine(grads, perturbed_grads, count):
+    perp = reject(grads, perturbed_grads)
+    return add_scaled(perturbed_grads, -value_at(alpha, count), perp)
+
+  return combine
+
+
+def sagm_combine() -> Combine:
+  """What SAGM makes of its two gradients: (g + g_p) / 2."""
+
+  def combine(grads, perturbed_grads, count):
+    del count
+    return scaled(add_scaled(grads, 1.0, perturbed_grads), 0.5)
+
+  return combine
+
+
 def sharpness_aware(
   base: optax.GradientTransformation,
   ascent: optax.GradientTransformation,
@@ -102,8 +172,8 @@ def sharpness_aware(
     ascent: gives e, in the direction of growing loss.
     combine: `(g, g_p, count) -> out`.
     every: take the second gradient in every so-many-th update, beginning with
-      the first; the others hand g to the base. It is a branch: they cost one
-      gradient.
+      the first; the others hand g to the base and cost one gradient. It is a
+      branch, unless `update` is given `due`.
     mask: True for the parameters to perturb, or a function from a tree like
       theirs to such a tree; a prefix will do. The norm goes over those alone.
       None perturbs all. Every parameter gets its second gradient.
@@ -125,7 +195,8 @@ def sharpness_aware(
 
   Raises:
     UserError: for `every` below 1; from `update`, without `params` or
-      `grad_fn`, or if that returns something else than described.
+      `grad_fn`, if that returns something else than described, or for a `due`
+      that is not known when the program is traced.
   """
   check_period(every=every)
   ascent = within(mask, ascent)
@@ -152,7 +223,10 @@ def wrap(
   every: Setting,
   aux_like: PyTree | None,
 ) -> optax.GradientTransformationExtraArgs:
-  """`method.full` in every so-many-th update, else `cheap`; then the base."""
+  """`method.full` in every so-many-th update, else `cheap`; then the base.
+
+  `update` takes `due`, which decides in place of the count: see above.
+  """
   base = optax.with_extra_args_support(base)
   always = is_known(every) and every == 1
 
@@ -162,7 +236,8 @@ def wrap(
     count = jnp.zeros((), jnp.int32)
     return SharpnessState(count, base.init(params), method.init(params), aux)
 
-  def update(updates, state, params=None, *, grad_fn=None, **extra):
+  def update(updates, state, params=None, *, grad_fn=None, due=None, **extra):
+    check_due(due)
     probe = _probe(grad_fn, updates, params, aux_like)
     count, memory = state.count, state.memory
 
@@ -172,11 +247,13 @@ def wrap(
     def cheap():
       return *method.cheap(updates, memory, params, count), state.aux
 
-    if always:
-      out, memory, aux = full()
+    if due is None and always:
+      due = True
+    if due is None:
+      is_turn = count % value_at(every, count) == 0
+      out, memory, aux = jax.lax.cond(is_turn, full, cheap)
     else:
-      due = count % value_at(every, count) == 0
-      out, memory, aux = jax.lax.cond(due, full, cheap)
+      out, memory, aux = full() if due else cheap()
     step, base_state = base.update(
       out, state.base_state, params, grad_fn=grad_fn, **extra
     )
@@ -259,6 +336,19 @@ def check_period(**settings: Setting) -> None:
   for name, value in settings.items():
     if is_known(value) and (value < 1 or value != int(value)):
       raise UserError(f"{name}={value} must be a whole number from 1")
+
+
+def check_due(due: Any) -> None:
+  """Refuses what is neither None nor a bool of the host.
+
+  Raises:
+    UserError: names the remedy.
+  """
+  if due is not None and not isinstance(due, bool | np.bool_):
+    raise UserError(
+      f"due must be True, False or None, not a {type(due).__name__}: the host "
+      "decides, so name it in static_argnames of jax.jit"
+    )
 
 
 def _probe(

@@ -2,10 +2,10 @@
 
 Each wraps a base optimizer; `common.optim.second_pass` says how to call them,
 how they behave in chains, under `optax.MultiSteps` and in masks, and what the
-options `every`, `mask`, `axis_name` and `aux_like` do. Notation: w weights,
-g = grad L(w), e the perturbation, g_p = grad L(w + e), ||.|| the norm over all
-parameters, t = 1e-12. Every hyper-parameter is a number or a schedule of the
-number of updates done.
+options `every`, `mask`, `axis_name` and `aux_like` and `update`'s `due` do.
+Notation: w weights, g = grad L(w), e the perturbation, g_p = grad L(w + e),
+||.|| the norm over all parameters, t = 1e-12. Every hyper-parameter is a number
+or a schedule of the number of updates done.
 """
 
 from collections.abc import Callable
@@ -38,6 +38,8 @@ from common.optim.second_pass import (
   Method,
   averager,
   check_period,
+  gsam_combine,
+  sagm_combine,
   sharpness_aware,
   within,
   wrap,
@@ -199,16 +201,10 @@ def gsam(
     Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware
     Training, algorithm 1, arXiv 2203.08065
   """
-  check_settings(alpha=alpha)
-
-  def combine(grads, perturbed_grads, count):
-    perp = reject(grads, perturbed_grads)
-    return add_scaled(perturbed_grads, -value_at(alpha, count), perp)
-
   return sharpness_aware(
     base,
     sam_ascent(rho),
-    combine,
+    gsam_combine(alpha),
     every=every,
     mask=mask,
     axis_name=axis_name,
@@ -234,15 +230,10 @@ def sagm(
   Settings and reference (arXiv 2303.10353): `sagm_ascent`. Options and errors:
   `sharpness_aware`.
   """
-
-  def combine(grads, perturbed_grads, count):
-    del count
-    return scaled(add_scaled(grads, 1.0, perturbed_grads), 0.5)
-
   return sharpness_aware(
     base,
     sagm_ascent(rho, alpha),
-    combine,
+    sagm_combine(),
     every=every,
     mask=mask,
     axis_name=axis_name,
@@ -351,10 +342,20 @@ def look_sam(
       count mod k = 0:   out = g_p;   v = g_p - (<g, g_p> / ||g||^2) g
       otherwise:         out = g + alpha (||g|| / (||v|| + t)) v
 
-  Two gradients in every k-th update, one in the others: a branch, in which
-  `grad_fn` is not evaluated. A v that is no more than rounding counts as 0, so
-  that rho = 0 is the base optimizer. The state holds v: one more copy of the
-  parameters, with their paths.
+  Two gradients in every k-th update, one in the others, 1.2 on average for
+  k = 5. As one program that is a branch, in which `grad_fn` is not evaluated,
+  but which can take longer than SAM: on the CPU convolutions in branches are
+  slow. Rather let the host choose between two programs:
+
+      for i in range(num_steps):
+        params, state = step(params, state, batch(i), due=i % 5 == 0)
+
+  with `static_argnames="due"`, and `due` handed on to `update`. Without a
+  first due update v is 0, and the others are those of the base.
+
+  A v that is no more than rounding counts as 0, so that rho = 0 is the base
+  optimizer. The state holds v: one more copy of the parameters, with their
+  paths.
 
   Args:
     base: any optax optimizer.

@@ -90,6 +90,14 @@ def kernels(tree):
       optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(LR)),
     ),
     ({"name": "sgd", "momentum": 0.0, "lr": 0.0}, optax.set_to_zero()),
+    (
+      {"weight_decay": 0.3, "decay": "coupled", "clip_norm": 0.5},
+      optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.add_decayed_weights(0.3, mask=kernels),
+        optax.adam(LR),
+      ),
+    ),
   ],
 )  # fmt: skip
 def test_equals_plain_optax(cfg, expected):
@@ -231,6 +239,7 @@ def test_frozen_gradients_do_not_count_in_the_clipping():
     ({"lr": float("nan")}, ["optim.lr=nan"]),
     ({"clip_norm": -1.0}, ["optim.clip_norm=-1.0"]),
     ({"weight_decay": float("inf")}, ["optim.weight_decay=inf"]),
+    ({"decay": "couple"}, ["optim.decay='couple'", "'coupled'"]),
     ({"frozen": "head"}, ["optim.frozen='head'", "list"]),
     ({"frozen": ("heads",)}, ["optim.frozen", "'heads'", "no parameter"]),
     ({"no_decay": ("heads",)}, ["optim.no_decay", "'heads'", "no parameter"]),

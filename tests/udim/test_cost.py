@@ -34,7 +34,7 @@ def apply_fn(variables, images, *, train, rngs):
   """
   del train
   params, hidden = variables["params"], images
-  keep = jax.random.bernoulli(rngs["dropout"], 0.5, (64, 1, 1, 32))
+  keep = jax.random.bernoulli(rngs["dropout"], 0.5, (len(images), 1, 1, 32))
   for i, kernel in enumerate(params["layers"]):
     hidden = jax.lax.conv_general_dilated(
       hidden, kernel, (1, 1), "SAME",
@@ -77,9 +77,43 @@ GATES = [
 ]
 
 
+# The same where the host decides whether the term is due: no branch.
+DUE_GATES = [
+  ({"start_step": 5}, False, 2.0, 2.02),
+  ({"every": 2}, True, 3.68, 3.7),
+  ({"data_grad": "exact", "every": 2}, False, 2.0, 2.02),
+  ({"data_grad": "exact", "every": 2}, True, 5.05, 5.45),
+]
+# The term of half the images; all of its passes are of half the size.
+HALF_GATES = [
+  ({}, 3.02, 3.05),
+  ({"detach_source": True}, 2.68, 2.72),
+  ({"data_grad": "exact"}, 3.84, 3.9),
+]
+
+
 @pytest.mark.parametrize(("settings", "expected", "gate"), GATES)
 def test_gradients_of_a_step(settings, expected, gate):
   grads_of = udim_grads(apply_fn, "head", UdimConfig(**settings))
+  ratio = flops(grads_of, PARAMS, BATCH, KEY, STEP) / one_gradient()
+  assert ratio <= gate
+  assert ratio == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("settings", "due", "expected", "gate"), DUE_GATES)
+def test_gradients_of_a_step_without_a_branch(settings, due, expected, gate):
+  grads_of = functools.partial(
+    udim_grads(apply_fn, "head", UdimConfig(**settings)), due=due
+  )
+  ratio = flops(grads_of, PARAMS, BATCH, KEY, STEP) / one_gradient()
+  assert ratio <= gate
+  assert ratio == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(("settings", "expected", "gate"), HALF_GATES)
+def test_gradients_of_half_the_images(settings, expected, gate):
+  cfg = UdimConfig(**settings, term_images=32)
+  grads_of = udim_grads(apply_fn, "head", cfg)
   ratio = flops(grads_of, PARAMS, BATCH, KEY, STEP) / one_gradient()
   assert ratio <= gate
   assert ratio == pytest.approx(expected, rel=0.03)

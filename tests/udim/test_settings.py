@@ -19,6 +19,7 @@ GOOD = [
   {"start_step": np.int64(5), "every": 4, "domain_reduce": "mean"},
   {"mode": "perturbed_sam", "perturbation": "style", "data_grad": "plain"},
   {"label_smoothing": 0.1, "reference_quirks": True},
+  {"term_images": np.int32(8)},
 ]
 
 
@@ -48,6 +49,8 @@ BAD = [
   ({"start_step": -1}, ["start_step=-1", "from 0"]),
   ({"start_step": 0.5}, ["start_step=0.5", "integer"]),
   ({"every": 0}, ["every=0", "from 1"]),
+  ({"term_images": -1}, ["term_images=-1", "from 0"]),
+  ({"term_images": 0.5}, ["term_images=0.5", "integer"]),
   ({"mode": "sam"}, ["mode='sam'", "perturbed_sam"]),
   ({"perturbation": "styl"}, ["perturbation='styl'", "'style'"]),
   ({"share_dropout": 1}, ["share_dropout=1"]),
@@ -67,6 +70,20 @@ def test_mistakes_are_one_line(settings, words):
 def test_an_unknown_setting_is_refused():
   with pytest.raises(TypeError, match="rhox"):
     UdimConfig(rhox=1.0)
+
+
+@pytest.mark.parametrize(
+  ("settings", "due"),
+  [
+    ({}, [0, 1, 2, 3, 4, 5]),
+    ({"start_step": 2, "every": 3}, [2, 5]),
+    ({"lambda1": 0}, []),
+    ({"lambda1": lambda step: step > 3, "every": 2}, [4]),
+  ],
+)
+def test_what_is_due(settings, due):
+  cfg = UdimConfig(**settings)
+  assert [step for step in range(6) if cfg.is_due(step)] == due
 
 
 def test_quirks_override_and_their_absence_changes_nothing():

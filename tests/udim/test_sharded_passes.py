@@ -58,6 +58,8 @@ CASES = [
   ("fsdp", {}, 1),
   ("replicated", {"normalise": "batch", "data_grad": "exact"}, 1),
   ("fsdp", {"every": 2, "domain_reduce": "mean"}, 2),
+  ("fsdp", {"term_images": 8, "data_grad": "exact"}, 1),
+  ("replicated", {"term_images": 4}, 2),  # not all devices have one
 ]
 
 
@@ -74,9 +76,12 @@ def test_one_device_equals_eight(specs, settings, accum):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_no_image_changes_its_device():
-  """Domains are merged behind n, which is sharded: nothing is gathered."""
-  grads_of = jax.jit(udim_grads(apply_fn, "head", UdimConfig()))
+@pytest.mark.parametrize("term_images", [0, 8])
+def test_no_image_changes_its_device(term_images):
+  """Domains are merged behind n, which is sharded, and the term takes images
+  of every shard: nothing is gathered."""
+  cfg = UdimConfig(term_images=term_images)
+  grads_of = jax.jit(udim_grads(apply_fn, "head", cfg))
   arguments = placed("replicated", *problem())
   text = grads_of.lower(*arguments, None, 0).compile().as_text()
   assert "all-reduce" in text

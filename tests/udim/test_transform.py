@@ -272,6 +272,26 @@ def test_functions_of_ones_own(data_grad):
   assert float(state.metrics["term_grad_norm"]) == pytest.approx(18**0.5)
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_losses_are_kept_where_they_are_given(given):
+  w = jnp.ones(2)
+
+  def grad_fn(w):
+    grads = w, jnp.zeros(())
+    return (*grads, {"sam_loss": jnp.sum(w)}) if given else grads
+
+  def term(w, data_grad):
+    names = ("pen", "gn", "perturbation_rms")
+    return w, dict.fromkeys(names, jnp.zeros(()))
+
+  tx = udim(optax.identity(), UdimConfig(rho=2**0.5, every=2))
+  fns = {"grad_fn": grad_fn, "inconsistency_grad_fn": term}
+  fns |= {"value": 7.0} if given else {}
+  _, state = tx.update(w, tx.init(w), w, **fns)
+  found = [float(state.metrics[name]) for name in ("loss", "sam_loss")]
+  np.testing.assert_allclose(found, [7, 4] if given else [0, 0], rtol=1e-6)
+
+
 def test_the_example_in_the_docstring_runs():
   example = udim.__doc__.split("```python")[1].split("```")[0]
   names = {"jax": jax, "optax": optax, "apply_fn": apply_fn}

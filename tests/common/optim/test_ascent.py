@@ -16,7 +16,7 @@ from common.optim import (
   sam_ascent,
   sharpness_aware,
 )
-from common.optim.ascent import random_part
+from common.optim.ascent import random_part, state_after
 from common.tree import global_norm
 
 # The definitions, on flat float64 vectors: (g, w) -> e.
@@ -193,6 +193,31 @@ def test_a_random_part_keeps_the_expectation():
     np.testing.assert_allclose(jnp.mean(leaf), 1.0, atol=5 * 0.0174)
   assert not np.array_equal(first["a"], second["a"])
   assert not np.array_equal(first["a"][:10_000], first["b"].reshape(-1))
+
+
+@pytest.mark.parametrize(
+  "ascent",
+  [
+    sam_ascent(lambda count: 0.1 * (1 + count)),
+    optax.chain(sam_ascent(0.1), random_part(0.5)),
+    optax.chain(optax.contrib.normalize(), optax.scale(0.1)),
+    optax.scale_by_schedule(lambda count: 0.1 * count),
+  ],
+)
+def test_a_state_may_begin_at_any_update(ascent):
+  params = jnp.arange(1.0, 5)
+  state = ascent.init(params)
+  for _ in range(3):
+    _, state = ascent.update(params, state, params)
+  begun = state_after(ascent, params, 3)
+  chex.assert_trees_all_equal_shapes_and_dtypes(begun, state)
+  chex.assert_trees_all_equal(begun, state)
+
+
+def test_a_state_with_a_memory_may_not():
+  with pytest.raises(UserError, match=r"this one has .*trace") as error:
+    state_after(optax.trace(0.9), jnp.ones(2), 3)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
