@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -45,6 +45,8 @@ def run(
   description: str,
   example: str,
   argv: Sequence[str] | None = None,
+  verb: str = "main",
+  aliases: Mapping[str, str] | None = None,
 ) -> NoReturn:
   """Reads the command line, prepares the process, calls `main`, exits.
 
@@ -56,10 +58,14 @@ def run(
     description: what the program does, for `--help`.
     example: a command that works, for `--help`.
     argv: the arguments; by default the process's own.
+    verb: the program's module in the package; others than `main` have default
+      folders of their own.
+    aliases: short flags for keys of the configuration: flag -> key.
   """
   is_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
-  parser = _make_parser(name, description, example)
+  aliases = aliases or {}
+  parser = _make_parser(f"{name}.{verb}", description, example, aliases)
 
   def start() -> None:
     args, rest = parser.parse_known_args(argv)
@@ -70,13 +76,17 @@ def run(
     if args.config is None:
       raise UserError(f"--config is missing; for example: {example}")
     config, _ = flags.load_config_file(args.config)
+    for alias, key in aliases.items():
+      value = getattr(args, alias)
+      if value is not None:
+        overrides.setdefault(key, []).append(f"--config.{key}={value}")
     for key, arguments in overrides.items():
       config = flags.override(config, key, arguments)
     if args.print_config:
       print(config_lib.to_json(config), end="")
       return
     _check_distributed(args)
-    workdir = make_workdir(args.workdir or _default_workdir(args.config))
+    workdir = make_workdir(args.workdir or _default_workdir(args.config, verb))
     _start_jax(args, config)
     with logging_to(workdir, own={"common", name, "__main__"}):
       main(config, workdir)
@@ -171,9 +181,11 @@ def leave(status: int, *, at_once: bool = True) -> NoReturn:
   sys.exit(status)
 
 
-def _make_parser(name: str, description: str, example: str) -> flags.Parser:
+def _make_parser(
+  program: str, description: str, example: str, aliases: Mapping[str, str]
+) -> flags.Parser:
   parser = flags.Parser(
-    f"{name}.main", description=description, example=example, add_help=False
+    program, description=description, example=example, add_help=False
   )
   add = parser.add_argument
   add(
@@ -205,6 +217,8 @@ def _make_parser(name: str, description: str, example: str) -> flags.Parser:
     help="several processes form one run (default: found out under SLURM "
     "and on TPU pods that name their workers)",
   )
+  for alias, key in aliases.items():
+    add(f"--{alias}", metavar="VALUE", help=f"short for --config.{key}=VALUE")
   add("--coordinator", metavar="HOST:PORT", help="process 0, if not found out")
   add("--num_processes", type=int, metavar="N", help="with --coordinator")
   add("--process_id", type=int, metavar="I", help="with --coordinator")
@@ -219,11 +233,11 @@ def _help(parser: flags.Parser, config: str | None, name: str) -> str:
   return parser.format_help() + keys
 
 
-def _default_workdir(config: str) -> str:
+def _default_workdir(config: str, verb: str) -> str:
   path, variant = flags.split_config_argument(config)
   name = os.path.splitext(os.path.basename(path))[0]
-  suffix = f"-{variant.replace(',', '-')}" if variant else ""
-  return os.path.join("runs", f"{name}{suffix}")
+  parts = [name, *(variant or "").split(","), "" if verb == "main" else verb]
+  return os.path.join("runs", "-".join(filter(None, parts)))
 
 
 def make_workdir(path: str) -> str:

@@ -279,11 +279,24 @@ def _everywhere(holds: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.array(holds))))
 
 
+def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
+  """The steps in a `checkpoints` folder, oldest first.
+
+  Raises:
+    UserError: when there is no such folder.
+  """
+  path = _absolute(directory)
+  if not epath.Path(path).exists():
+    raise UserError(f"no checkpoints in {path}: train first")
+  return sorted(ocp.utils.checkpoint_steps(path))
+
+
 def load_params(
   directory: str | os.PathLike,
   abstract_params: PyTree | None = None,
   *,
   step: int | None = None,
+  item: str = "params",
 ) -> tuple[int, PyTree]:
   """Reads the parameters of a run, and nothing else.
 
@@ -291,6 +304,7 @@ def load_params(
     directory: a `checkpoints` folder.
     abstract_params: shapes and shardings to read into; NumPy arrays if None.
     step: which checkpoint; the newest readable one if None.
+    item: "params", or "state" for the rest of the arrays, in plain dicts.
 
   Returns:
     `(step, params)`.
@@ -299,20 +313,18 @@ def load_params(
     UserError: when the folder or the step is missing or unreadable.
   """
   path = _absolute(directory)
-  if not epath.Path(path).exists():
-    raise UserError(f"no checkpoints in {path}: train first")
-  steps = sorted(ocp.utils.checkpoint_steps(path), reverse=True)
+  steps = checkpoint_steps(directory)[::-1]
   if step is not None and step not in steps:
     raise UserError(f"no checkpoint {step} in {path}: there are {steps[::-1]}")
   reasons = []
   for candidate in steps if step is None else [step]:
     try:
       return candidate, _read_params(
-        epath.Path(path) / str(candidate) / "params", abstract_params
+        epath.Path(path) / str(candidate) / item, abstract_params
       )
     except Exception as error:  # whatever a broken file makes a reader raise
       reasons.append(f"step {candidate}: {_first_line(error)}")
-      log.warning("cannot read the parameters of %s", reasons[-1])
+      log.warning("cannot read the %s of %s", item, reasons[-1])
   found = "; ".join(reasons) or "the folder is empty"
   raise UserError(f"no readable checkpoint in {path}: {found}")
 

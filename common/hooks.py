@@ -40,6 +40,7 @@ class LogHook:
     writer: where the lines go, under `train/`.
     progress: the terminal's bar or plain lines.
     examples_per_step: for the rate, such as tokens in the global batch.
+    unit: what these are.
     extra: further scalars for each line, such as the learning rate, from the
       step.
   """
@@ -53,12 +54,14 @@ class LogHook:
     progress: ProgressBar,
     *,
     examples_per_step: int,
+    unit: str = "tokens",
     extra: Callable[[int], Mapping[str, float]] = lambda step: {},
   ):
     self._interval = interval
     self._writer = writer
     self._progress = progress
     self._examples = examples_per_step
+    self._rate = f"speed/{unit}_per_second"
     self._extra = extra
     self._sums: dict[str, Mean] = {}
     self._pending: list[dict[str, Mean]] = []
@@ -81,7 +84,7 @@ class LogHook:
     if first is not None and seconds > 0:
       steps = (info.step - first) / seconds
       values["speed/steps_per_second"] = steps
-      values["speed/tokens_per_second"] = steps * self._examples
+      values[self._rate] = steps * self._examples
     values.update(self._extra(info.step))
     self._writer.write(info.step, values)
     self._progress.update(info.step, values)

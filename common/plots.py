@@ -16,6 +16,7 @@ import numpy as np
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 KINDS = ("line", "area", "scatter", "heatmap")
 SCALES = ("linear", "log")
@@ -41,6 +42,7 @@ COLOURS = (
   "#7b3294", "#8c510a", "#a6bd00", "#003f63", "#8a3c00", "#00624a", "#85406c",
 )  # fmt: skip
 LINE_STYLES = ("-", "--", ":", "-.")
+DPI = 110
 ROWS_A_COLUMN = 18  # legend entries that fit beside a figure
 
 
@@ -160,22 +162,41 @@ def draw(
     if not drawers[plot.kind](axes, plot, lines, palette):
       return None
     _tick_logs(axes)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-  return buffer.getvalue()
+    return png(figure)
 
 
 @contextlib.contextmanager
-def _axes(plot: Plot) -> Iterator[tuple[Any, "Axes"]]:
+def sheet(
+  width: float = 9, height: float = 4.2, *, layout: str | None = "constrained"
+) -> Iterator["Figure"]:
+  """An empty figure in our style, in which to draw inside the context.
+
+  Args:
+    width: inches.
+    height: inches.
+    layout: matplotlib's layout engine; None places axes as they are told.
+  """
   import matplotlib
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context({**STYLE}):
-    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    yield Figure(figsize=(width, height), dpi=DPI, layout=layout)  # type: ignore
+
+
+def png(figure: "Figure") -> bytes:
+  """The figure as a file: the same bytes for the same figure."""
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format="png", metadata={"Software": None})
+  return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _axes(plot: Plot) -> Iterator[tuple["Figure", "Axes"]]:
+  with sheet() as figure:
     axes = figure.subplots()
-    axes.set_title(_plain(plot.title))
-    axes.set_xlabel(_plain(plot.xlabel))
-    axes.set_ylabel(_plain(plot.ylabel))
+    axes.set_title(plain(plot.title))
+    axes.set_xlabel(plain(plot.xlabel))
+    axes.set_ylabel(plain(plot.ylabel))
     axes.set_xscale(plot.xscale)
     axes.set_yscale(plot.yscale)
     yield figure, axes
@@ -200,13 +221,14 @@ def _tick_logs(axes: "Axes") -> None:
       axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
+  """Text without TeX."""
   return text.replace("$", r"\$")  # two dollars would be taken for TeX
 
 
 def _legend(axes: "Axes", handles: Sequence[Any], names: Sequence[str]) -> None:
   """Inside for a few, beside the axes for many."""
-  names = [_plain(name) for name in names]
+  names = [plain(name) for name in names]
   if len(handles) <= 4:
     axes.legend(handles, names, loc="best")
     return
@@ -300,11 +322,11 @@ def _heatmap(axes: "Axes", plot: Plot, lines, palette: Palette) -> bool:
     vmin=-limit if signed else None,
     vmax=limit if signed else None,
   )
-  axes.set_yticks(range(len(names)), [_plain(n) for n in names], fontsize=7)
+  axes.set_yticks(range(len(names)), [plain(n) for n in names], fontsize=7)
   axes.invert_yaxis()
   axes.grid(visible=False)
   axes.set_ylabel("")
-  axes.figure.colorbar(mesh, ax=axes, label=_plain(plot.ylabel), pad=0.01)
+  axes.figure.colorbar(mesh, ax=axes, label=plain(plot.ylabel), pad=0.01)
   return True
 
 

@@ -22,11 +22,18 @@ class ProgressBar:
     total: the run's number of steps.
     name: what the bar is called.
     loss_key: which scalar to show.
+    quiet: no bar.
   """
 
   def __init__(
-    self, total: int, *, name: str = "", loss_key: str = "train/loss"
+    self,
+    total: int,
+    *,
+    name: str = "",
+    loss_key: str = "train/loss",
+    quiet: bool = False,
   ):
+    self._quiet = quiet
     self._total = total
     self._name = name
     self._loss_key = loss_key
@@ -37,7 +44,9 @@ class ProgressBar:
   def start(self, step: int) -> None:
     """Call before the first step; `step` is where the run starts from."""
     self._since = (time.monotonic(), step)
-    if self._bar is None and sys.stderr.isatty() and jax.process_index() == 0:
+    if self._quiet or jax.process_index() != 0:
+      return
+    if self._bar is None and sys.stderr.isatty():
       from tqdm import tqdm
 
       self._bar = tqdm(

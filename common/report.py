@@ -139,7 +139,7 @@ def _run_section(config: Any, facts: Mapping[str, Any], lines) -> str:
   if config.get("seed") is not None:
     rows.append(("seed", str(config["seed"])))
   rows += [(name.replace("_", " "), _fact(v)) for name, v in facts.items()]
-  return "## The run\n\n" + _markdown_table(("", ""), rows)
+  return "## The run\n\n" + markdown_table(("", ""), rows)
 
 
 def _fact(value: Any) -> str:
@@ -159,7 +159,7 @@ def _table_section(table: Table, lines) -> str:
     values = (series.values[0], finite.min(), finite.max(), series.values[-1])
     rows.append((f"`{name}`", *map(number, values), f"{series.steps[-1]:,.0f}"))
   header = ("metric", "first", "lowest", "highest", "last", "at step")
-  body = _markdown_table(header, rows) if rows else "*No values yet.*"
+  body = markdown_table(header, rows) if rows else "*No values yet.*"
   return "\n\n".join(filter(None, (f"## {table.title}", table.note, body)))
 
 
@@ -189,12 +189,12 @@ def _config_section(config: Any) -> str:
   from common.config import flatten
 
   rows = [(f"`{k}`", f"`{v!r}`") for k, v in flatten(config).items()]
-  return "## Configuration\n\n" + _markdown_table(("key", "value"), rows)
+  return "## Configuration\n\n" + markdown_table(("key", "value"), rows)
 
 
-def _markdown_table(
-  header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A table; numbers stand to the right of their columns."""
+
   def line(cells: Sequence[str]) -> str:
     cells = [" ".join(cell.replace("|", r"\|").split()) for cell in cells]
     return f"| {' | '.join(cells)} |"

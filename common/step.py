@@ -22,6 +22,21 @@ LossFn = Callable[
 StepFn = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
+@dataclasses.dataclass(frozen=True)
+class StepChoice:
+  """Several compiled steps; the host chooses one by the number of the step.
+
+  For methods that do more work in some steps than in others: a branch inside
+  one program would reserve memory for both sides, and XLA compiles
+  convolutions in branches badly on the CPU.
+
+  Attributes:
+    choose: updates done so far -> the step function for the next one.
+  """
+
+  choose: Callable[[int], StepFn]
+
+
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,

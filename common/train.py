@@ -9,7 +9,7 @@ import jax
 
 from common.metrics import Mean
 from common.state import TrainState
-from common.step import StepFn
+from common.step import StepChoice, StepFn
 
 Every = int | Callable[[int], bool]
 
@@ -58,7 +58,7 @@ def is_due(every: Every, step: int, *, last: bool) -> bool:
 
 def train(
   state: TrainState,
-  step_fn: StepFn,
+  step_fn: StepFn | StepChoice,
   data: Iterator,
   *,
   num_steps: int,
@@ -76,7 +76,8 @@ def train(
 
   Args:
     state: where to start; its buffers are donated to the first step.
-    step_fn: see `common.step.make_train_step`.
+    step_fn: see `common.step.make_train_step`; a `StepChoice` is asked before
+      every step.
     data: an iterator of device batches.
     num_steps: the step to stop at, counted from the state's creation.
     hooks: run in order after every step they are due at.
@@ -100,7 +101,10 @@ def train(
           f"the data ended before step {step + 1} of {num_steps}; "
           "repeat the source or lower num_steps"
         ) from end
-      state, metrics = step_fn(state, batch)
+      if isinstance(step_fn, StepChoice):
+        state, metrics = step_fn.choose(step)(state, batch)
+      else:
+        state, metrics = step_fn(state, batch)
       step += 1
       last = step >= num_steps
       for hook in hooks:

@@ -40,6 +40,7 @@ class Workdir:
     pinned: such facts, for example the hash of the training text.
     keep: how many of the newest checkpoints stay.
     best: a metric whose best checkpoint stays as well.
+    best_mode: whether that is its "min" or its "max".
     tensorboard: also write TensorBoard events.
   """
 
@@ -53,6 +54,7 @@ class Workdir:
     pinned: tuple[str, ...] = (),
     keep: int = 2,
     best: str | None = None,
+    best_mode: str = "min",
     tensorboard: bool = False,
   ):
     self.path = epath.Path(path)
@@ -61,7 +63,7 @@ class Workdir:
     self._lock = _lock(self.path) if is_writer else None
     facts = _with_versions(facts or {})
     self.checkpointer = Checkpointer(
-      self.path / "checkpoints", keep=keep, best=best
+      self.path / "checkpoints", keep=keep, best=best, best_mode=best_mode
     )
     metrics = self.path / METRICS
     has_lines = metrics.exists() and metrics.stat().length > 0

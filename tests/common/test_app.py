@@ -72,7 +72,7 @@ def folder(tmp_path, monkeypatch):
 class Result:
   """What `app.run` did with its arguments."""
 
-  def __init__(self, capsys, arguments, main=None):
+  def __init__(self, capsys, arguments, main=None, **options):
     self.calls = []
 
     def default(config, workdir):
@@ -85,6 +85,7 @@ class Result:
         description="A toy.",
         example="python -m toy.main --config=configs/toy.py",
         argv=arguments,
+        **options,
       )
     self.status = info.value.code
     self.out, self.err = capsys.readouterr()
@@ -121,6 +122,21 @@ def test_main_gets_the_config_and_a_folder(run, folder):
 def test_the_workdir(run, folder, arguments, expected):
   ((_, workdir),) = run(*arguments).calls
   assert workdir == str(folder / expected)
+
+
+def test_a_verb_has_short_flags_and_a_folder_of_its_own(run, folder):
+  options = {"verb": "compare", "aliases": {"rate": "optim.lr"}}
+  arguments = ["--config=configs/toy.py:smoke", "--rate=0.25"]
+  ((config, workdir),) = run(*arguments, **options).calls
+  assert config.optim.lr == 0.25
+  assert workdir == str(folder / "runs/toy-smoke-compare")
+  page = run("--help", **options).out
+  assert "python -m toy.compare" in page
+  assert "--rate VALUE" in page
+  assert "--config.optim.lr=VALUE" in page
+  wrong = run("--config=configs/toy.py", "--rate=fast", **options)
+  assert wrong.status == 2
+  assert "--config.optim.lr=fast: expected a value of type float" in wrong.err
 
 
 @pytest.mark.parametrize(

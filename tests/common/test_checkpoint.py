@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, on any mesh, never overwritten."""
 
+import dataclasses
 import pathlib
 
 import chex
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from common.checkpoint import Checkpointer, load_params
+from common.checkpoint import Checkpointer, checkpoint_steps, load_params
 from common.errors import UserError
 from common.parallel import make_mesh, shardings
 from common.state import TrainState
@@ -167,6 +168,17 @@ def test_parameters_are_read_alone(tmp_path, mesh, as_numpy):
   step, params = load_params(tmp_path / "c", target)
   assert step == 5
   np.testing.assert_array_equal(params["kernel"], state.params["kernel"])
+
+
+def test_the_rest_of_the_state_is_read_as_plain_dicts(tmp_path, mesh):
+  with_extra = dataclasses.replace(make_state(5, mesh), extra={"a": {"b": 3}})
+  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer.save(5, with_extra, None)
+  checkpointer.close()
+  assert checkpoint_steps(tmp_path / "c") == [5]
+  step, state = load_params(tmp_path / "c", item="state")
+  assert step == int(state["step"]) == 5
+  assert state["extra"]["a"]["b"] == 3
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from common.metrics import Mean, MetricWriter
 from common.progress import ProgressBar
 from common.rngs import RngStreams
 from common.state import TrainState
-from common.step import make_train_step
+from common.step import StepChoice, make_train_step
 from common.train import is_due, train
 
 
@@ -241,3 +241,31 @@ def test_the_profiler_writes_a_trace(tmp_path):
   profile = hooks_lib.ProfileHook(str(tmp_path / "p"), start=2, count=2)
   train(state, step, Counter(), num_steps=6, hooks=[profile])
   assert list((tmp_path / "p").rglob("*.xplane.pb"))
+
+
+def test_the_host_chooses_among_steps():
+  state, step = setup()
+  asked = []
+
+  def choose(number):
+    asked.append(number)
+    return step if number % 2 else lambda s, b: step(s, {"x": -b["x"]})
+
+  data = Counter()
+  state = train(state, StepChoice(choose), data, num_steps=3)
+  again = train(state, StepChoice(choose), data, num_steps=5)
+  assert asked == [0, 1, 2, 3, 4]  # a second call goes on with the number
+  assert int(again.step) == 5
+  expected, step = setup()
+  for i in range(5):
+    x = np.full((2,), i if i % 2 else -i, np.float32)
+    expected, _ = step(expected, {"x": x})
+  np.testing.assert_array_equal(again.params["w"], expected.params["w"])
+
+
+def test_a_quiet_bar_draws_nothing(capsys, monkeypatch):
+  monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+  with ProgressBar(3, quiet=True) as bar:
+    bar.start(0)
+    bar.update(3, {"train/loss": 1.0})
+  assert capsys.readouterr().err == ""
