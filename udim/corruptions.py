@@ -1,4 +1,5 @@
-"""Eight kinds of image corruption at five severities, in NumPy.
+"""Kinds of image corruption at five severities, in NumPy: eight to report,
+three to choose hyper-parameters by.
 
 Images are float [N, H, W, C] in [0, 1]. Lengths are fractions of the height, so
 an 8 x 8 digit and a photograph suffer alike.
@@ -138,6 +139,35 @@ def occlusion(
   return np.where(covered[..., None], 0, images)
 
 
+def rotation(
+  images: np.ndarray, degrees: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Turns each image by `degrees`, one way or the other."""
+  left = rng.random(len(images)) < 0.5
+  result = rotate(images, -degrees)
+  result[left] = rotate(images[left], degrees)
+  return result
+
+
+def gamma(
+  images: np.ndarray, exponent: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Raises every value to a power."""
+  del rng
+  return images**exponent
+
+
+def zoom(
+  images: np.ndarray, factor: float, rng: np.random.Generator
+) -> np.ndarray:
+  """Makes what is shown `factor` times as large, around the centre."""
+  del rng
+  _, height, width, _ = images.shape
+  y, x = np.mgrid[:height, :width].astype(float)
+  y, x = ((a - (n - 1) / 2) / factor for a, n in ((y, height), (x, width)))
+  return bilinear(images, y[None] + (height - 1) / 2, x[None] + (width - 1) / 2)
+
+
 Corruption = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
 # name -> (function, its strength at severities 1 to 5)
@@ -152,6 +182,13 @@ FAMILIES: dict[str, tuple[Corruption, tuple[float, ...]]] = {
   "occlusion": (occlusion, (0.125, 0.25, 0.375, 0.5, 0.625)),
 }
 
+# Kinds for choosing hyper-parameters, so that none of the others has to serve.
+VALIDATION_FAMILIES: dict[str, tuple[Corruption, tuple[float, ...]]] = {
+  "rotation": (rotation, (10, 20, 30, 40, 50)),
+  "gamma": (gamma, (0.7, 0.5, 0.35, 0.25, 0.15)),
+  "zoom": (zoom, (0.9, 0.8, 0.7, 0.6, 0.5)),
+}
+
 
 def corrupt(
   images: np.ndarray, family: str, severity: int, *, rng: np.random.Generator
@@ -160,7 +197,7 @@ def corrupt(
 
   Args:
     images: float [N, H, W, C] in [0, 1].
-    family: one of `FAMILIES`.
+    family: one of `FAMILIES` or `VALIDATION_FAMILIES`.
     severity: 1 to 5.
     rng: draws noise, directions and places.
 
@@ -170,12 +207,13 @@ def corrupt(
   Raises:
     UserError: for an unknown family or severity.
   """
-  if family not in FAMILIES:
+  known = FAMILIES | VALIDATION_FAMILIES
+  if family not in known:
     raise UserError(
-      f"corruption {family!r} is unknown{did_you_mean(family, FAMILIES)}"
+      f"corruption {family!r} is unknown{did_you_mean(family, known)}"
     )
   if severity not in SEVERITIES:
     raise UserError(f"severity {severity!r} of {family!r}: choose 1 to 5")
-  function, strengths = FAMILIES[family]
+  function, strengths = known[family]
   result = function(images.astype(float), strengths[severity - 1], rng)
   return result.clip(0, 1).astype(np.float32)

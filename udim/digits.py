@@ -11,12 +11,19 @@ from typing import Any
 import numpy as np
 
 from common.rngs import np_rng
-from udim.corruptions import FAMILIES, SEVERITIES, corrupt, rotate
+from udim.corruptions import (
+  FAMILIES,
+  SEVERITIES,
+  VALIDATION_FAMILIES,
+  corrupt,
+  rotate,
+)
 from udim.domains import ArrayExamples, Domain, DomainSet
 
 CLASSES = tuple("0123456789")
 ANGLES = (0, 15, 30, 45, 60, 75)
 NUM_TRAIN = 1198
+VALIDATION_SEVERITIES = (2, 4)
 # Name -> how often the colour contradicts the label: DomainBed's ColoredMNIST.
 COLORS = {"+90%": 0.1, "+80%": 0.2, "-90%": 0.9}
 LABEL_NOISE = 0.25
@@ -40,7 +47,9 @@ def digits_c(cfg: Any) -> DomainSet:
   """Digits-C: clean digits to train on, other digits clean and corrupted.
 
   Domains: `clean` (1198 images, the source), `clean_test` (the other 599) and
-  `blur_3` and so on: those 599 under each corruption and severity.
+  `blur_3` and so on: those 599 under each corruption and severity. For the
+  choice of hyper-parameters, `rotation_2` and so on: the 1198 under kinds of
+  change that are not among the targets.
 
   Args:
     cfg: [`seed`], [`corruptions`], [`severities`]; see `load_domains`.
@@ -62,12 +71,21 @@ def digits_c(cfg: Any) -> DomainSet:
       corrupted = corrupt(test, family, severity, rng=rng)
       examples = ArrayExamples(corrupted, test_labels)
       domains.append(Domain(f"{family}_{severity}", examples))
+  validations = {}
+  for family in VALIDATION_FAMILIES:
+    for severity in VALIDATION_SEVERITIES:
+      name = f"{family}_{severity}"
+      rng = np_rng(seed, f"digits_c/{family}", severity)
+      changed = corrupt(train.images, family, severity, rng=rng)
+      domains.append(Domain(name, ArrayExamples(changed, train.labels)))
+      validations[name] = "clean"
   return DomainSet(
     name="digits_c",
     classes=CLASSES,
     domains=tuple(domains),
     sources=("clean",),
     references=("clean_test",),
+    validations=validations,
   )
 
 

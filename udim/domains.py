@@ -9,7 +9,7 @@ equal in size and normalises them.
 import dataclasses
 import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,9 @@ class DomainSet:
     sources: names of the domains to train on; () stands for all.
     references: names of domains with held-out images of a source: they are
       reported, and no target.
+    validations: name of a domain -> name of the source whose images it holds,
+      changed and in the same order. Hyper-parameters may be chosen by those
+      that the source holds out; such a domain is no target.
     skipped: files that could not be read and were left out.
 
   Raises:
@@ -174,6 +177,7 @@ class DomainSet:
   domains: tuple[Domain, ...]
   sources: tuple[str, ...] = ()
   references: tuple[str, ...] = ()
+  validations: Mapping[str, str] = dataclasses.field(default_factory=dict)
   skipped: tuple[str, ...] = ()
 
   def __post_init__(self):
@@ -188,7 +192,9 @@ class DomainSet:
       if domain.name in self.names[:i]:
         raise UserError(f"{self.name!r} has two domains {domain.name!r}")
     if not self.sources:
-      object.__setattr__(self, "sources", self.names)
+      used = (*self.references, *self.validations)
+      sources = tuple(name for name in self.names if name not in used)
+      object.__setattr__(self, "sources", sources)
 
   @property
   def names(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ reads, and logits [b k] = features head/kernel + head/bias. Evaluation uses
 running statistics only: an image's logits do not depend on its batch mates.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -197,6 +198,7 @@ def init_variables(
   }
 
 
+@functools.lru_cache(maxsize=32)  # equal modules share their programs
 def make_apply_fn(module: nn.Module) -> ApplyFn:
   """Makes `apply_fn(variables, x, *, train, rngs) -> (features, logits, new)`.
 

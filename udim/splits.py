@@ -76,11 +76,13 @@ def make_runs(
   *,
   sources: Sequence[str] = (),
   targets: Sequence[str] = (),
+  limit: int = 0,
 ) -> tuple[Run, ...]:
   """The trainings that a protocol asks for.
 
   Args:
-    domain_set: its `sources` may train, its `references` are no targets.
+    domain_set: its `sources` may train, its `references` and `validations`
+      are no targets.
     protocol:
       leave_one_out: each source in turn is the target, the others train;
       single_source: each source in turn trains, all others are targets;
@@ -88,6 +90,8 @@ def make_runs(
     sources: names; () stands for all.
     targets: names; () stands for all that are left. Under leave_one_out the
       held-out domains.
+    limit: under leave_one_out, how many of the others train: those that follow
+      the target, in a circle. 0: all.
 
   Raises:
     UserError: for unknown names, or a protocol that these domains do not fit.
@@ -103,9 +107,14 @@ def make_runs(
       f"{', '.join(domain_set.sources)}"
     )
   used = tuple(sources) or domain_set.sources
+  if limit and protocol != "leave_one_out":
+    raise UserError(
+      f"sources_limit={limit} has a meaning under leave_one_out alone; name "
+      "the sources"
+    )
   if protocol == "leave_one_out":
     runs = [
-      Run(target, tuple(s for s in used if s != target), (target,))
+      Run(target, _others(used, target, limit), (target,))
       for target in targets or used
     ]
   elif protocol == "single_source":
@@ -123,10 +132,25 @@ def make_runs(
   return tuple(runs)
 
 
+def _others(names: Sequence[str], target: str, limit: int) -> tuple[str, ...]:
+  """All names but one, in order; the `limit` that follow it."""
+  others = tuple(name for name in names if name != target)
+  if not limit:
+    return others
+  if limit > len(others):
+    raise UserError(
+      f"sources_limit={limit}: there are {len(others)} domains beside "
+      f"{target!r}"
+    )
+  after = names.index(target) if target in names else 0
+  circle = others[after:] + others[:after]
+  return tuple(sorted(circle[:limit], key=others.index))
+
+
 def _run(
   domain_set: DomainSet, sources: tuple[str, ...], targets: Sequence[str]
 ) -> Run:
-  barred = (*sources, *domain_set.references)
+  barred = (*sources, *domain_set.references, *domain_set.validations)
   left = tuple(n for n in targets or domain_set.names if n not in barred)
   return Run("+".join(sources), sources, left)
 
@@ -155,11 +179,14 @@ class RunSplits:
     sources: what trains.
     targets: what is unseen.
     references: held-out images of the sources, where the data set has such.
+    validations: the sources' images, changed, and divided as the sources are:
+      their `holdout` is what hyper-parameters may be chosen by.
   """
 
   sources: tuple[Split, ...]
   targets: tuple[Split, ...]
   references: tuple[Split, ...]
+  validations: tuple[Split, ...] = ()
 
 
 def split_run(
@@ -177,9 +204,9 @@ def split_run(
     UserError: for a source that is too small to be divided.
   """
 
-  def split(name: str) -> Split:
-    env = domain_set.index(name)
-    domain = domain_set.domains[env]
+  def split(name: str, like: str | None = None) -> Split:
+    env = domain_set.index(like or name)
+    domain = domain_set[name]
     main, out = split_keys(
       len(domain), trial_seed=trial_seed, env=env, holdout=holdout
     )
@@ -189,6 +216,11 @@ def split_run(
     sources=tuple(map(split, run.sources)),
     targets=tuple(map(split, run.targets)),
     references=tuple(map(split, domain_set.references)),
+    validations=tuple(
+      split(name, source)
+      for name, source in domain_set.validations.items()
+      if source in run.sources
+    ),
   )
   for part in splits.sources:
     if not len(part.holdout):

@@ -8,6 +8,7 @@ from common.rngs import np_rng
 from udim.corruptions import (
   FAMILIES,
   SEVERITIES,
+  VALIDATION_FAMILIES,
   bilinear,
   blur,
   contrast,
@@ -19,7 +20,8 @@ from udim.corruptions import (
   shift,
 )
 
-EVERY = [(family, s) for family in FAMILIES for s in SEVERITIES]
+ALL = {**FAMILIES, **VALIDATION_FAMILIES}
+EVERY = [(family, s) for family in ALL for s in SEVERITIES]
 
 
 def rng(name="test"):
@@ -61,7 +63,7 @@ def test_every_corruption_keeps_the_form(family, severity):
   np.testing.assert_array_equal(after, again)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_higher_severity_changes_more(family):
   before = clean()
   change = [
@@ -87,7 +89,7 @@ def test_unknown_corruptions_are_named(family, severity, message):
 
 def test_colour_images_and_other_sizes():
   photo = images(count=2, size=20, channels=3).clip(0, 1)
-  for family in FAMILIES:
+  for family in ALL:
     assert corrupt(photo, family, 5, rng=rng()).shape == photo.shape
 
 
@@ -99,6 +101,22 @@ def test_bilinear_weighs_the_four_pixels_around():
   outside = bilinear(image, rows - 1, columns)  # a quarter of row 0, else black
   np.testing.assert_allclose(outside, 0.25 * (1 + 2) / 2)
   assert not bilinear(image, rows + 9, columns).any()
+
+
+def test_kinds_for_choosing_settings():
+  before = clean()
+  np.testing.assert_allclose(
+    corrupt(before, "gamma", 2, rng=rng()), np.sqrt(before), atol=1e-6
+  )
+  turned = corrupt(before, "rotation", 3, rng=rng())
+  ways = [rotate(before, degrees) for degrees in (30, -30)]
+  left = [np.abs(turned - w).max((1, 2, 3)) < 1e-6 for w in ways]
+  assert (left[0] ^ left[1]).all()
+  assert 8 < left[0].sum() < 32
+  # At half the size, the middle of the image is what it was around it.
+  small = corrupt(np.ones((1, 9, 9, 1)), "zoom", 5, rng=rng())
+  assert small[0, 2:7, 2:7].min() == 1
+  assert not small[0, :2].any()
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3, 4])

@@ -7,9 +7,10 @@ from ml_collections import ConfigDict
 
 import udim.digits
 from common.errors import UserError
-from udim.corruptions import FAMILIES, rotate
+from udim.corruptions import FAMILIES, VALIDATION_FAMILIES, rotate
 from udim.digits import ANGLES, load_digits
 from udim.domains import load_domains
+from udim.splits import make_runs, split_run
 
 
 def load(kind, **settings):
@@ -73,18 +74,18 @@ def test_digits_c_trains_clean_and_tests_corrupted():
   data = load("digits_c")
   assert (data.sources, data.references) == (("clean",), ("clean_test",))
   assert data.classes == tuple("0123456789")
-  assert len(data.names) == 2 + 8 * 5
+  assert len(data.names) == 2 + 8 * 5 + 3 * 2
   assert data.names[2:8] == (
     "gauss_1", "gauss_2", "gauss_3", "gauss_4", "gauss_5", "impulse_1",
   )  # fmt: skip
-  assert {n.rpartition("_")[0] for n in data.names[2:]} == set(FAMILIES)
+  assert {n.rpartition("_")[0] for n in data.names[2:42]} == set(FAMILIES)
   train, train_labels = arrays(data["clean"])
   test, test_labels = arrays(data["clean_test"])
   assert (len(train), len(test)) == (1198, 599)
   every, labels = load_digits()
   assert sorted(rows(train) + rows(test)) == sorted(rows(every))
   assert sorted([*train_labels, *test_labels]) == sorted(labels)
-  for name in data.names[2:]:
+  for name in data.names[2:42]:
     images, labels = arrays(data[name])
     assert images.shape == test.shape
     assert images.dtype == np.float32
@@ -92,9 +93,32 @@ def test_digits_c_trains_clean_and_tests_corrupted():
     assert np.abs(images - test).max() > 0.02, name
 
 
+def test_digits_c_has_changed_sources_to_choose_settings_by():
+  data = load("digits_c")
+  train, labels = arrays(data["clean"])
+  assert tuple(data.validations) == data.names[42:]
+  assert {n.rpartition("_")[0] for n in data.validations} == set(
+    VALIDATION_FAMILIES
+  )
+  assert not set(VALIDATION_FAMILIES) & set(FAMILIES)
+  for name, source in data.validations.items():
+    assert source == "clean"
+    images, same = arrays(data[name])
+    np.testing.assert_array_equal(same, labels)
+    assert np.abs(images - train).max() > 0.02, name
+  # They are nobody's target, and only the source's held-out keys count.
+  (run,) = make_runs(data, "chosen")
+  assert not set(run.targets) & set(data.validations)
+  splits = split_run(data, run)
+  held_out = splits.sources[0].holdout.keys
+  for part in splits.validations:
+    np.testing.assert_array_equal(part.holdout.keys, held_out)
+
+
 def test_digits_c_can_be_cut_to_some_corruptions():
   data = load("digits_c", corruptions=("blur", "shift"), severities=(3,))
-  assert data.names == ("clean", "clean_test", "blur_3", "shift_3")
+  assert data.names[:4] == ("clean", "clean_test", "blur_3", "shift_3")
+  assert data.names[4:] == tuple(data.validations)
   whole = load("digits_c")
   for name in data.names:  # the same images as among all others
     np.testing.assert_array_equal(arrays(data[name])[0], arrays(whole[name])[0])

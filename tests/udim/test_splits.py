@@ -178,3 +178,20 @@ def test_a_target_of_one_image_is_reported_but_not_to_the_oracle(caplog):
     parts = split_run(data, Run("b", ("a",), ("b",)))
   assert (len(parts.targets[0].main), len(parts.targets[0].holdout)) == (1, 0)
   assert "the oracle does not see them: 'b' (1 image)" in caplog.text
+
+
+def test_leave_one_out_with_fewer_sources():
+  data = domain_set(dict.fromkeys(("0", "15", "30", "45", "60", "75"), 10))
+  runs = {
+    run.name: run.sources for run in make_runs(data, "leave_one_out", limit=2)
+  }
+  assert runs["0"] == ("15", "30")
+  assert runs["30"] == ("45", "60")
+  assert runs["75"] == ("0", "15")  # in a circle
+  assert runs["60"] == ("0", "75")
+  all_others = make_runs(data, "leave_one_out", limit=5)
+  assert all_others == make_runs(data, "leave_one_out")
+  with pytest.raises(UserError, match=r"sources_limit=6: there are 5"):
+    make_runs(data, "leave_one_out", limit=6)
+  with pytest.raises(UserError, match=r"sources_limit=1 has a meaning under"):
+    make_runs(data, "single_source", limit=1)
