@@ -47,8 +47,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.model = _model()
 
   # erm | mixup | coral | groupdro | irm | fishr | sam | asam | fisher_sam |
-  # gsam | sagm | gam | look_sam | esam | udim | perturbed_sam; "+swad" behind
-  # a name averages its weights.
+  # gsam | sagm | gam | look_sam | esam | udim | perturbed_loss |
+  # perturbed_sam; "+swad" behind a name averages its weights.
   config.algorithm = "udim"
   config.methods = _methods()
   config.label_smoothing = 0.0
@@ -139,8 +139,9 @@ def _methods() -> ConfigDict:
   config.udim.detach_source = False
   config.udim.domain_reduce = "sum"  # sum | mean, over source domains
   config.udim.reference_quirks = False
-  config.perturbed_sam = _udim()
-  config.perturbed_sam.lambda1 = 1.0
+  for control in ("perturbed_loss", "perturbed_sam"):
+    config[control] = _udim()
+    config[control].lambda1 = 1.0
   return config
 
 
@@ -246,7 +247,8 @@ def _search() -> ConfigDict:
   config.spaces.look_sam = (("rho", *rho), ("alpha", "uniform", 0.3, 1.0))
   config.spaces.esam = (("rho", *rho),)
   config.spaces.udim = terms
-  config.spaces.perturbed_sam = (*terms[:2], ("lambda1", "log", 0.1, 10.0))
+  for control in ("perturbed_loss", "perturbed_sam"):
+    config.spaces[control] = (*terms[:2], ("lambda1", "log", 0.1, 10.0))
   return config
 
 
@@ -270,8 +272,8 @@ def train(config: ConfigDict) -> None:
 
 _ALL = (
   "erm,mixup,irm,erm+swad,sam,asam,fisher_sam,gsam,sagm,gam,look_sam,esam,"
-  "perturbed_sam,udim,udim+swad,udim_pen,udim_norm,udim_exact,udim_plain,"
-  "udim_detached,udim_still,udim_style"
+  "perturbed_loss,perturbed_sam,udim,udim+swad,udim_pen,udim_norm,udim_exact,"
+  "udim_plain,udim_detached,udim_still,udim_style"
 )
 
 
@@ -279,7 +281,7 @@ def digits_c(config: ConfigDict) -> None:
   """One clean source; 40 corrupted domains that nothing was chosen by."""
   config.compare.algorithms = _ALL
   config.compare.seeds = 8
-  config.compare.references = "erm,sam,perturbed_sam"
+  config.compare.references = "erm,sam,perturbed_loss"
   config.search.update({"draws": 8, "tuning_seeds": 2})
 
 
@@ -291,10 +293,11 @@ def digits_rot(config: ConfigDict) -> None:
   config.num_steps = 300
   config.compare.algorithms = (
     "erm,mixup,coral,groupdro,irm,fishr,erm+swad,sam,asam,fisher_sam,gsam,"
-    "sagm,gam,look_sam,esam,perturbed_sam,udim,udim_pen,udim_norm,udim_exact"
+    "sagm,gam,look_sam,esam,perturbed_loss,perturbed_sam,udim,udim_pen,"
+    "udim_norm,udim_exact"
   )
   config.compare.seeds = 8
-  config.compare.references = "erm,sam,perturbed_sam"
+  config.compare.references = "erm,sam,perturbed_loss"
   config.compare.landscape = False
 
 
@@ -322,14 +325,14 @@ def cifar10c(config: ConfigDict) -> None:
   config.optim.update(
     {"nesterov": True, "weight_decay": 5e-4, "decay": "coupled"}
   )
-  config.methods.udim.clip_range = ()  # normalised images have other bounds
-  config.methods.perturbed_sam.clip_range = ()
+  for name in ("udim", "perturbed_loss", "perturbed_sam"):
+    config.methods[name].clip_range = ()  # normalised images have other bounds
   config.methods.irm.anneal_steps = 14_000
   config.evaluation.update({"every": 3500, "batch_size": 1000})
   config.checkpoint.update({"every": 3500, "keep": 2})
   config.log.every = 100
   config.compare.algorithms = _ALL
-  config.compare.references = "erm,sam,perturbed_sam"
+  config.compare.references = "erm,sam,perturbed_loss"
 
 
 def _domainbed(name: str, *, lr: float, alpha: float, decay: float = 1e-4):
@@ -351,7 +354,7 @@ def _domainbed(name: str, *, lr: float, alpha: float, decay: float = 1e-4):
     config.optim.update({"lr": lr, "weight_decay": decay, "decay": "coupled"})
     config.optim.no_decay = ()
     config.methods.sagm.alpha = alpha
-    for name_of in ("udim", "perturbed_sam"):
+    for name_of in ("udim", "perturbed_loss", "perturbed_sam"):
       # The authors' length of 10 over a batch of 48, for each image:
       # 10 sqrt(224 * 224 * 3 / 48).
       config.methods[name_of].update({"rho_x": 560.0, "clip_range": ()})
@@ -362,7 +365,7 @@ def _domainbed(name: str, *, lr: float, alpha: float, decay: float = 1e-4):
     config.evaluation.update({"every": 200, "batch_size": 128})
     config.checkpoint.update({"every": 200, "keep": 1})
     config.compare.algorithms = _ALL + ",coral,groupdro,fishr"
-    config.compare.references = "erm,sam,perturbed_sam"
+    config.compare.references = "erm,sam,perturbed_loss"
     config.compare.landscape = False
 
   return variant

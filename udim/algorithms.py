@@ -5,9 +5,9 @@ Three kinds, of which every comparison is made:
 - an objective of `udim.objectives` under the plain optimizer: erm, mixup,
   coral, groupdro, irm, fishr;
 - a member of the SAM family (`common.optim`) around the plain loss;
-- udim, and perturbed_sam: the same with the plain loss on the perturbed images
-  instead of the inconsistency, which tells what the data perturbation does
-  alone.
+- udim, and its controls, with the same perturbed images but without the
+  inconsistency: perturbed_loss adds their plain loss, perturbed_sam SAM's
+  gradient of it.
 
 `+swad` behind a name averages its weights. Settings stand under
 `methods.<name>` of the configuration.
@@ -52,7 +52,7 @@ SAM_FAMILY: Mapping[str, Mapping[str, Any]] = {
   "look_sam": {"rho": 0.05, "k": 5, "alpha": 0.7},
   "esam": {"rho": 0.05, "weight_fraction": 0.6, "data_fraction": 0.5},
 }  # fmt: skip
-UDIM = ("udim", "perturbed_sam")
+UDIM = ("udim", "perturbed_loss", "perturbed_sam")
 NAMES = (*OBJECTIVES, *SAM_FAMILY, *UDIM)
 SWAD = "+swad"
 
@@ -320,7 +320,7 @@ def make_udim_config(
   """`methods.udim` as settings of a step.
 
   Args:
-    name: "udim" or "perturbed_sam".
+    name: one of `UDIM`.
     settings: fields of `UdimConfig`, `warm_up_steps` or `warm_up_percent` (of
       `num_steps`), and `warm_up_best`.
     config: gives what all algorithms share.

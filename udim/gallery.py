@@ -122,7 +122,7 @@ def _image_figures(
 ) -> Iterator[Figure]:
   """Images of one run, before and after its perturbation."""
   rows: list[tuple[str, np.ndarray]] = []
-  for label in ("erm", "sam", "udim", "perturbed_sam"):
+  for label in ("erm", "sam", "udim", "perturbed_loss"):
     own = table.of(label, "source") if label in table.labels else []
     path = folder / folder_of(own[0]) / "images.npz" if own else None
     if path is None or not path.exists():

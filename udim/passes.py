@@ -89,8 +89,7 @@ def udim_passes(
       gradients are those of the whole batch (but for BatchNorm, whose batch
       statistics are then a micro-batch's), for one more forward pass of both
       halves: moments accumulate, the inconsistency would not. It divides
-      `cfg.term_images` too. A loop in the program: on the CPU, XLA compiles
-      the gradients of convolutions badly there.
+      `cfg.term_images` too.
 
   Returns:
     `(params, batch, rng, step, *, batch_stats={}) -> Passes`, which computes
@@ -250,7 +249,7 @@ class _Model:
 
   @property
   def detaches_source(self) -> bool:
-    return self.cfg.detach_source or self.cfg.mode == "perturbed_sam"
+    return self.cfg.detach_source or self.cfg.mode != "inconsistency"
 
   def statistics(self, source, perturbed, head, labels):
     """From features [b, d]: moments by domain, [s, ...] and [s, ...], and the
@@ -291,7 +290,7 @@ class _Model:
     parts = {"pen": pen, "norm": gn}
     ilc = jnp.stack([parts[term] for term in self.cfg.terms]).sum()
     metrics = {"pen": pen, "gn": gn, "ilc": ilc, "perturbed_loss": loss}
-    return (loss if self.cfg.mode == "perturbed_sam" else ilc), metrics
+    return (ilc if self.cfg.mode == "inconsistency" else loss), metrics
 
 
 def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:

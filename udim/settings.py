@@ -45,9 +45,10 @@ class UdimConfig:
       that shards of a batch give equally many; batches are random draws, so
       any will do. Passes of the term cost that much less, but none is shared
       with the loss. "batch" normalises over those images.
-    mode: "inconsistency", or "perturbed_sam": the added term is the plain
-      loss on the perturbed images, the control that tells what the data
-      perturbation does alone.
+    mode: "inconsistency", or a control that tells what the perturbed images
+      do alone: "perturbed_loss" adds their plain loss, and "perturbed_sam"
+      SAM's gradient of it, with a perturbation of the weights of their own
+      (the authors' earlier `iada/iada.py`; one gradient more).
     perturbation: "pixel", or "style": each channel's mean and standard
       deviation move, and the image is rebuilt from them.
     share_dropout: one dropout mask for all passes of a step, so that equal
@@ -148,7 +149,7 @@ _CHOICES = {
   "normalise": ("sample", "batch", "sign"),
   "data_grad": ("fast", "exact", "plain"),
   "domain_reduce": ("sum", "mean"),
-  "mode": ("inconsistency", "perturbed_sam"),
+  "mode": ("inconsistency", "perturbed_loss", "perturbed_sam"),
   "perturbation": ("pixel", "style"),
 }
 _COUNTS = {"start_step": 0, "every": 1, "term_images": 0}  # least values

@@ -45,6 +45,7 @@ from common import tree
 from common.errors import UserError
 from common.optim.ascent import (
   add_scaled,
+  climb,
   make_ascent,
   sam_ascent,
   scaled,
@@ -333,6 +334,9 @@ def _combine(
     if cfg.data_grad != "fast":
       data_grad = data_grad_fn(params, eps)
     term, term_metrics = term_fn(params, data_grad)
+    if cfg.mode == "perturbed_sam":
+      uphill = climb(term, value_at(cfg.rho, step))
+      term, _ = term_fn(optax.apply_updates(params, uphill), data_grad)
     norm = tree.global_norm(term)
     own = {"term_grad_norm": norm, "active": jnp.ones_like(norm)}
     total = add_scaled(combine(grads, perturbed_grads, step), weight, term)

@@ -130,6 +130,7 @@ def test_running_statistics_are_those_of_one_clean_forward_pass(name):
   batch = make_batch()
   algorithm, averager, state = make_state(
     make_config(name, methods__udim__warm_up_percent=0.0,
+                methods__perturbed_loss__warm_up_percent=0.0,
                 methods__perturbed_sam__warm_up_percent=0.0)
   )  # fmt: skip
   variables = {"params": make_params(), "batch_stats": {"mean": jnp.zeros(6)}}
@@ -291,10 +292,11 @@ def test_esam_looks_again_at_the_images_that_suffer_most():
   chex.assert_trees_all_close(state.params, expected, atol=1e-6, rtol=0)
 
 
-def test_perturbed_sam_adds_the_loss_on_the_perturbed_images():
-  """What the control is: G_sam + lambda1 grad L(x + rho_x direction)."""
-  config = make_config("perturbed_sam")
-  config.methods.perturbed_sam.update(
+@pytest.mark.parametrize("name", ["perturbed_loss", "perturbed_sam"])
+def test_controls_add_a_gradient_on_the_perturbed_images(name):
+  """G_sam + lambda1 grad L(x + rho_x direction), at theta or uphill of it."""
+  config = make_config(name)
+  config.methods[name].update(
     {"warm_up_percent": 0.0, "lambda1": 0.7, "rho_x": 0.3, "clip_range": ()}
   )
   state, _ = run(config, 1)
@@ -314,7 +316,12 @@ def test_perturbed_sam_adds_the_loss_on_the_perturbed_images():
   up = jax.tree.map(lambda p, g: p + scale * g, params, grads)
   second, moves = jax.grad(loss, argnums=(0, 1))(up, images)
   length = jnp.sqrt(jnp.sum(moves**2, axis=(1, 2, 3), keepdims=True))
-  third = jax.grad(loss)(params, images + 0.3 * moves / length)
+  moved = images + 0.3 * moves / length
+  third = jax.grad(loss)(params, moved)
+  if name == "perturbed_sam":
+    scale = 0.05 / optax.tree.norm(third)
+    up = jax.tree.map(lambda p, g: p + scale * g, params, third)
+    third = jax.grad(loss)(up, moved)
   decay = config.optim.weight_decay
   expected = jax.tree.map(
     lambda p, g, h: p - 0.1 * (g + 0.7 * h + decay * p), params, second, third

@@ -282,7 +282,7 @@ def test_the_control_adds_the_plain_loss_on_the_perturbed_images(accum):
     params, batch = fixture()
     moved, labels = perturbed_images(params, batch), batch["label"][0]
     loss, expected = jax.value_and_grad(plain_loss)(params, moved, labels)
-    found, metrics = term_of(params, batch, mode="perturbed_sam", accum=accum)
+    found, metrics = term_of(params, batch, mode="perturbed_loss", accum=accum)
     _, full = term_of(params, batch)
     assert_close(found, expected)
     loss = float(loss)

@@ -79,7 +79,7 @@ CASES = [
   ({"data_grad": "plain"}, 2, 1),
   ({"data_grad": "fast", "normalise": "batch"}, 6, 1),
   ({"data_grad": "exact", "detach_source": True}, 6, 1),
-  ({"data_grad": "fast", "mode": "perturbed_sam"}, 3, 1),
+  ({"data_grad": "fast", "mode": "perturbed_loss"}, 3, 1),
   ({"data_grad": "fast", "share_dropout": False}, 6, 1),
   ({"data_grad": "fast"}, 6, 3),
   ({"data_grad": "exact", "normalise": "sign"}, 4, 2),
