@@ -82,6 +82,7 @@ def _data() -> ConfigDict:
   config.source.severities = (1, 2, 3, 4, 5)
   config.source.duplicates = ""  # folder: a list of images to leave out
   config.source.unreadable = "error"  # folder: error | skip
+  config.source.threads = 8  # folder: that look through the images at first
   config.source.names = ()  # tfds: a data set for each domain
   config.source.split = "train"  # tfds
   config.source.data_dir = ""  # tfds
@@ -196,6 +197,8 @@ def _compare() -> ConfigDict:
   config.keep_checkpoints = False  # those of the trained models
   # Names of one's own, each an algorithm and settings of it.
   config.variants = ConfigDict()
+  # SAM as it is inside UDIM, with its radius and its warm-up.
+  config.variants.udim_zero = ("algorithm=udim", "methods.udim.lambda1=0.0")
   config.variants.udim_pen = ("algorithm=udim", "methods.udim.terms=('pen',)")
   config.variants.udim_norm = ("algorithm=udim", "methods.udim.terms=('norm',)")
   config.variants.udim_exact = (
@@ -219,17 +222,18 @@ def _compare() -> ConfigDict:
 def _search() -> ConfigDict:
   """Random search over hyper-parameters; see `udim.search`."""
   config = ConfigDict()
-  config.draws = 1  # of each algorithm; the first is the configuration itself
+  config.draws = 1  # of each algorithm
   config.seed = 0
-  # 0: every run chooses among its own draws, as in DomainBed. Else so many
-  # seeds, from `first_tuning_seed`, choose for all runs that are reported.
+  # 0: every run chooses among its own draws, as in DomainBed; the first are
+  # the settings above. Else so many seeds, from `first_tuning_seed`, choose
+  # among as many draws, without these settings, for all runs that are reported.
   config.tuning_seeds = 0
   config.first_tuning_seed = 1000
   config.chosen = ""  # the chosen.json of another comparison, instead
   # (key, log | uniform | choice, …): ranges, for all algorithms and for each.
   config.shared = ()
   config.spaces = ConfigDict()
-  rho = ("log", 0.01, 0.2)
+  rho = ("log", 0.01, 1.0)
   terms = (
     ("rho", *rho), ("rho_x", "log", 0.25, 2.0), ("lambda1", "log", 0.1, 100.0)
   )  # fmt: skip
@@ -239,8 +243,8 @@ def _search() -> ConfigDict:
   config.spaces.irm = (("weight", "log", 0.1, 1e4),)
   config.spaces.fishr = (("weight", "log", 10.0, 1e4),)
   config.spaces.sam = (("rho", *rho),)
-  config.spaces.asam = (("rho", "log", 0.1, 2.0),)
-  config.spaces.fisher_sam = (("rho", "log", 0.02, 0.4),)
+  config.spaces.asam = (("rho", "log", 0.1, 10.0),)
+  config.spaces.fisher_sam = (("rho", "log", 0.02, 2.0),)
   config.spaces.gsam = (("rho", *rho), ("alpha", "log", 0.05, 0.5))
   config.spaces.sagm = (("rho", *rho), ("alpha", "log", 1e-4, 1e-2))
   config.spaces.gam = (("rho", *rho), ("gamma", "log", 0.01, 0.5))
@@ -272,8 +276,8 @@ def train(config: ConfigDict) -> None:
 
 _ALL = (
   "erm,mixup,irm,erm+swad,sam,asam,fisher_sam,gsam,sagm,gam,look_sam,esam,"
-  "perturbed_loss,perturbed_sam,udim,udim+swad,udim_pen,udim_norm,udim_exact,"
-  "udim_plain,udim_detached,udim_still,udim_style"
+  "perturbed_loss,perturbed_sam,udim,udim+swad,udim_zero,udim_pen,udim_norm,"
+  "udim_exact,udim_plain,udim_detached,udim_still,udim_style"
 )
 
 
@@ -293,12 +297,14 @@ def digits_rot(config: ConfigDict) -> None:
   config.num_steps = 300
   config.compare.algorithms = (
     "erm,mixup,coral,groupdro,irm,fishr,erm+swad,sam,asam,fisher_sam,gsam,"
-    "sagm,gam,look_sam,esam,perturbed_loss,perturbed_sam,udim,udim_pen,"
-    "udim_norm,udim_exact"
+    "sagm,gam,look_sam,esam,perturbed_loss,perturbed_sam,udim,udim_zero,"
+    "udim_pen,udim_norm,udim_exact"
   )
   config.compare.seeds = 8
   config.compare.references = "erm,sam,perturbed_loss"
   config.compare.landscape = False
+  config.search.update({"draws": 4, "tuning_seeds": 1})
+  config.methods.udim.domain_reduce = "mean"  # one weight for any number
 
 
 def digits_color(config: ConfigDict) -> None:

@@ -142,17 +142,22 @@ def make_algorithm(
       f"accum={config.accum}: the loss of {name!r} is no mean over images; "
       "set accum=1"
     )
+  if config.accum > 1 and name == "esam":
+    raise UserError(
+      f"accum={config.accum}: esam chooses images from the whole batch; set "
+      "accum=1"
+    )
   tx, is_due = base, lambda step: True
   if sharpness:
     known = SAM_FAMILY[name]
     check_keys(settings, known, what=f"methods.{name}")
     tx = getattr(optim, name)(base, **{**known, **settings})
-    period = settings.get("k", 1)
+    period = {**known, **settings}.get("k", 1)
     is_due = lambda step: step % period == 0  # noqa: E731
   tx = optax.with_extra_args_support(tx)
   update = functools.partial(
     _objective_update, objective, apply_fn, tx, sharpness, config.accum,
-    config.share_dropout,
+    config.share_dropout, config.label_smoothing,
   )  # fmt: skip
   return Algorithm(name, tx, objective.init, update, is_due)
 
@@ -164,6 +169,7 @@ def _objective_update(
   sharpness: bool,
   accum: int,
   share_dropout: bool,
+  label_smoothing: float,
   state: TrainState,
   batch: Batch,
   key: jax.Array,
@@ -196,8 +202,11 @@ def _objective_update(
       lambda params, batch: _accumulated(
         gradient, accum, params, batch, second
       )[0],
-      lambda params, images: forward(params, images, second)[1],
+      lambda params, images: forward(
+        params, images, fold_name(second, "dropout")
+      )[1],
       batch,
+      label_smoothing,
     ) | {"due": due}  # fmt: skip
   updates, opt_state = tx.update(grads, opt_state, state.params, **extra)
   params = optax.apply_updates(state.params, updates)
@@ -251,15 +260,17 @@ def keep_schedule(opt_state: PyTree, current: PyTree) -> PyTree:
   )
 
 
-def _second_pass(gradient, logits_of, batch: Batch) -> dict[str, Any]:
+def _second_pass(
+  gradient: Callable, logits_of: Callable, batch: Batch, label_smoothing: float
+) -> dict[str, Any]:
   """`grad_fn` and `losses_fn` for the SAM family.
 
-  ESAM looks again at chosen images, which are counted as [s n].
+  ESAM looks again at chosen images. Its losses are in the order and under the
+  dropout mask of the objective, so that the forward pass at w is that one.
   """
-  domains, count = batch["label"].shape[:2]
 
-  def flat(x: jax.Array) -> jax.Array:
-    return x.reshape(domains * count, *x.shape[2:])
+  def flat(x: jax.Array) -> jax.Array:  # [s n ...] -> [n s, ...]
+    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
   def grad_fn(params, chosen=None):
     if chosen is None:
@@ -271,7 +282,9 @@ def _second_pass(gradient, logits_of, batch: Batch) -> dict[str, Any]:
   def losses_fn(params):
     logits = logits_of(params, flat(batch["image"]))
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    targets = make_targets(flat(batch["label"]), logits.shape[-1])
+    targets = make_targets(
+      flat(batch["label"]), logits.shape[-1], label_smoothing
+    )
     return optax.softmax_cross_entropy(logits, targets)
 
   return {"grad_fn": grad_fn, "losses_fn": losses_fn}

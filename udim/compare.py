@@ -6,6 +6,7 @@ other, and writes `report.md`. What has finished is kept: the same command goes
 on where it was stopped, and more seeds or algorithms are added to it.
 """
 
+import collections
 import contextlib
 import json
 import logging
@@ -17,6 +18,7 @@ from common import app
 
 log = logging.getLogger(__name__)
 EXAMPLE = "python -m udim.compare --config=configs/udim.py:digits_c --seeds=8"
+KEPT_PROGRAMS = 32  # those used last; others are compiled again
 # What a comparison's folder may be started again with.
 _FREE = ("mode", "algorithm", "run", "seed", "trial_seed")
 
@@ -54,7 +56,13 @@ def compare(config: Any, workdir: str) -> str:
   draws: Any = range(config.search.draws)
   if config.search.chosen:
     draws = jobs_lib.chosen_draws(config)
-  elif config.search.tuning_seeds and config.search.draws > 1:
+    for name in jobs_lib.tuned_algorithms(config, labels):
+      if name not in draws:
+        log.warning(
+          "%s is not in %s: it runs with the configuration's settings, beside "
+          "others that were tuned", name, config.search.chosen,
+        )  # fmt: skip
+  elif config.search.tuning_seeds:
     draws = tune(config, labels, runner)
   seeds = jobs_lib.seeds_of(config.compare.first_seed, config.compare.seeds)
   jobs = jobs_lib.make_jobs(config, labels, seeds, draws)
@@ -75,6 +83,9 @@ def tune(
 ) -> dict[str, int]:
   """The draw of each algorithm that does best on the tuning seeds.
 
+  The configuration's own settings are not among them: they may have been
+  chosen by anything.
+
   Writes `chosen.json`: the accuracies of all draws and what was chosen.
   """
   from common import files
@@ -85,7 +96,8 @@ def tune(
   seeds = jobs_lib.seeds_of(
     config.search.first_tuning_seed, config.search.tuning_seeds
   )
-  jobs = jobs_lib.make_jobs(config, names, seeds, range(config.search.draws))
+  draws = range(1, config.search.draws + 1)
+  jobs = jobs_lib.make_jobs(config, names, seeds, draws)
   results = runner(jobs, of=len(jobs), landscape=False)
   chosen, page = {}, {}
   for name in names:
@@ -108,7 +120,7 @@ class Runner:
 
   def __init__(self, folder: Any):
     self.folder = folder
-    self._steps: dict[str, Any] = {}
+    self._steps: collections.OrderedDict[str, Any] = collections.OrderedDict()
     self._costs: dict[str, dict[str, float]] = {}
 
   def __call__(
@@ -163,7 +175,7 @@ class Runner:
     from udim import measure
     from udim.jobs import load_shared
     from udim.results import Result
-    from udim.selection import select
+    from udim.selection import has_targets, select
     from udim.train import make_setup, train_and_evaluate
 
     setup = make_setup(job.config, load_shared(job.config.data.source))
@@ -183,12 +195,13 @@ class Runner:
       numbers, images = measure.landscape_of(job.config, setup, state)
     if jax.process_index() == 0:
       lines = read_metrics(folder)
+      chosen = select(lines) if has_targets(lines) or not stopped else {}
       seconds = measure.seconds_per_step(lines)
       if images:
         with (folder / "images.npz").open("wb") as file:
           np.savez(file, **images)  # type: ignore[arg-type]
       Result(
-        job.label, job.run, job.seed, job.draw, job.settings, select(lines),
+        job.label, job.run, job.seed, job.draw, job.settings, chosen,
         self._costs[key] | {"seconds": seconds}, numbers, stopped,
       ).save(folder)  # fmt: skip
       if not job.config.compare.keep_checkpoints:
@@ -209,6 +222,9 @@ class Runner:
     key = to_json(config)
     if key not in self._steps:
       self._steps[key] = make_steps(setup.algorithm, setup.averager)
+    self._steps.move_to_end(key)
+    while len(self._steps) > KEPT_PROGRAMS:
+      self._steps.popitem(last=False)
     return key, self._steps[key]
 
 
@@ -229,6 +245,11 @@ def _quietly() -> Iterator[None]:
 def _line(number: int, of: int, job: Any, result: Any, took: str) -> str:
   width = len(str(of))
   name = f"{job.label}{f' draw {job.draw}' if job.draw else ''}"
+  if "source" not in result.selected:
+    return (
+      f"[{number:{width}}/{of}] seed {job.seed}  {name:16s} {job.run}: {took}, "
+      f"diverged before it was evaluated: {result.stopped}"
+    )
   chosen = result.selected["source"]
   return (
     f"[{number:{width}}/{of}] seed {job.seed}  {name:16s} {job.run}: target "

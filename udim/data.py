@@ -248,7 +248,7 @@ class EvalReader(_Reader):
     keys = np.arange(first, first + self.stop - self.start)
     keys = keys[keys < len(self.domain)]
     count = self.stop - self.start
-    images = np.zeros((count, *self._shape), np.float32)
+    images = np.zeros((count, *self.image_shape), np.float32)
     labels = np.zeros(count, np.int32)
     if len(keys):
       images[: len(keys)], labels[: len(keys)] = self._read(keys)
@@ -270,7 +270,7 @@ class EvalReader(_Reader):
     return self.transform.evaluate(example["image"]), example["label"]
 
   @functools.cached_property
-  def _shape(self) -> tuple[int, ...]:
+  def image_shape(self) -> tuple[int, ...]:
     """Of one image; a process may have nothing but padding."""
     return self._row(0)[0].shape
 
@@ -296,6 +296,12 @@ class EvalBatches:
 
   def __len__(self) -> int:
     return -(-len(self.reader.domain) // self.reader.rows)
+
+  @property
+  def nbytes(self) -> int:
+    """Of all images, as this process brings them."""
+    rows = len(self) * (self.reader.stop - self.reader.start)
+    return 4 * rows * math.prod(self.reader.image_shape)
 
   def __iter__(self) -> Iterator[Any]:
     with Loader(

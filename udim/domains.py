@@ -224,6 +224,7 @@ class DomainSet:
       "num_classes": len(self.classes),
       "images": {domain.name: len(domain) for domain in self.domains},
       "skipped_images": len(self.skipped),
+      "skipped_files": list(self.skipped),
       "data_hash": fingerprint(self.classes, self.names, *prints),
     }
 

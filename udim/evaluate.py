@@ -70,8 +70,8 @@ def load_run(run_dir: str | os.PathLike, *, step: str = "best") -> TrainedRun:
 
   Args:
     run_dir: what training was given as `--workdir`.
-    step: "best" (of the checkpoints kept, by the sources' held-out images),
-      "last", or a number.
+    step: "best" (of the checkpoints kept, by the sources' held-out images; of
+      averaged weights the last), "last", or a number.
 
   Raises:
     UserError: when the folder is missing or holds no such checkpoint.
@@ -81,13 +81,19 @@ def load_run(run_dir: str | os.PathLike, *, step: str = "best") -> TrainedRun:
 
   from common.checkpoint import load_params
   from common.config import load_config
+  from common.errors import UserError
   from udim.models import make_apply_fn, make_model
 
   config = load_config(run_dir)
+  if (_path(run_dir) / "runs").exists():
+    raise UserError(
+      f"{run_dir} holds a comparison, not a training: name one of its runs, "
+      "whose models --config.compare.keep_checkpoints=true keeps"
+    )
   facts = json.loads((_path(run_dir) / "facts.json").read_text())
   folder = os.path.join(run_dir, "checkpoints")
   chosen = None if step == "last" else int(step) if step.isdigit() else None
-  if step == "best":
+  if step == "best" and not config.algorithm.endswith("+swad"):
     chosen = _best_step(run_dir, folder)
   found, params = load_params(folder, step=chosen)
   _, state = load_params(folder, step=found, item="state")

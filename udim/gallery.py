@@ -42,12 +42,15 @@ def _accuracy_figures(table: Comparison, palette: Palette) -> Iterator[Figure]:
       for group, scores in group_scores(table.of(label, "source")).items()
     }
     for label in table.labels
+    if table.of(label, "source")
   }
+  if not groups:
+    return
   title = "Accuracy by domain"
   png = figures.accuracy_by_domain(groups, title=title, palette=palette)
   yield "accuracy-by-domain", title, png, ""
   reference = table.references[-1] if table.references else table.labels[0]
-  others = [label for label in table.labels if label != reference]
+  others = [label for label in groups if label != reference]
   domains = by_domain(table.of(reference, "source"), "source")
   if len(domains) > 1 and others:
     title = f"Accuracy minus that of {reference}, in points"

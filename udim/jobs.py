@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -11,8 +12,12 @@ from common.errors import UserError
 from common.flags import override
 from udim.algorithms import NAMES, SWAD, split_name
 from udim.domains import DomainSet, load_domains
+from udim.objectives import NEEDS_DOMAINS
 from udim.search import draw_settings
+from udim.splits import Run
 from udim.train import protocol_runs
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,7 @@ def check_compare(config: Any) -> None:
   reported = set(seeds_of(config.compare.first_seed, config.compare.seeds))
   tuning = seeds_of(config.search.first_tuning_seed,
                     config.search.tuning_seeds)  # fmt: skip
-  if config.search.draws > 1 and reported & set(tuning):
+  if reported & set(tuning):
     raise UserError(
       f"search.first_tuning_seed={config.search.first_tuning_seed}: tuning "
       f"would use the reported seed {min(reported & set(tuning))}; choose "
@@ -177,7 +182,7 @@ def make_jobs(
     draws: of the random search; or the draw of each algorithm, 0 for those
       that are not there.
   """
-  jobs = []
+  jobs, left_out = [], set()
   for seed in seeds:
     for label in labels:
       base = base_of(config, label)
@@ -189,10 +194,15 @@ def make_jobs(
         settings = draw_settings(config, base, draw)
         trained = job_config(config, label, seed, settings)
         settings |= dict(overrides_of(config, label))
-        jobs += [
-          Job(label, run, seed, draw, one, settings)
-          for run, one in runs_of(trained)
-        ]
+        for run, one in runs_of(trained):
+          if base in NEEDS_DOMAINS and len(run.sources) < 2:
+            left_out.add(label)
+            continue
+          jobs.append(Job(label, run.name, seed, draw, one, settings))
+  for label in sorted(left_out):
+    log.warning(
+      "%s compares source domains: left out where there is one", label
+    )
   return jobs
 
 
@@ -210,12 +220,12 @@ def job_config(config: Any, label: str, seed: int, settings: dict) -> Any:
   return config
 
 
-def runs_of(config: Any) -> Iterator[tuple[str, Any]]:
+def runs_of(config: Any) -> Iterator[tuple[Run, Any]]:
   """The runs of the configuration's protocol, a configuration each."""
   for run in protocol_runs(config, load_shared(config.data.source)):
     one = config.copy_and_resolve_references()
     one.run = run.name
-    yield run.name, one
+    yield run, one
 
 
 _loaded: dict[str, DomainSet] = {}

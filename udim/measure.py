@@ -61,13 +61,18 @@ def cost_of(config: Any, setup: Setup, steps: StepChoice) -> dict[str, float]:
 def seconds_per_step(lines: Sequence[Mapping[str, Any]]) -> float | None:
   """The median over a run's log lines, the first half left out.
 
-  Compilation and warm-up lie there; None where there is no such line.
+  Compilation and warm-up lie there. Nor do intervals count in which the run
+  was evaluated: an evaluation follows the log line of its step. None where
+  nothing is left.
   """
-  speeds = [
-    line["speed/steps_per_second"]
-    for line in lines
-    if line.get("speed/steps_per_second")
-  ]
+  evaluated = [line["step"] for line in lines if "val/accuracy" in line]
+  speeds, last = [], 0
+  for line in lines:
+    if "speed/images_per_second" in line or "train/loss" in line:
+      since, last = last, line["step"]
+      speed = line.get("speed/steps_per_second")
+      if speed and not any(since <= step < last for step in evaluated):
+        speeds.append(speed)
   speeds = speeds[len(speeds) // 2 :]
   return 1 / float(np.median(speeds)) if speeds else None
 

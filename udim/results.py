@@ -25,7 +25,8 @@ class Result:
     seed: of the run.
     draw: of the random search.
     settings: what the label and the draw changed in the configuration.
-    selected: by method: source, oracle, last.
+    selected: by method: source, oracle, last; empty if the run diverged before
+      its targets were evaluated.
     cost: `flops` and `seconds` of a mean step, `temporaries` in bytes.
     landscape: sharpness, by name; empty if not asked for.
     stopped: why the training ended before its time, "" if it did not. What
@@ -115,8 +116,14 @@ def draw_scores(results: Sequence[Result]) -> list[dict[str, Any]]:
     {
       "draw": draw,
       "settings": own[0].settings,
+      # One that diverged before it was evaluated is no choice.
       "tuning_accuracy": float(
-        np.mean([result.selected["source"].tuning for result in own])
+        np.mean(
+          [
+            r.selected["source"].tuning if "source" in r.selected else 0.0
+            for r in own
+          ]
+        )
       ),
     }
     for draw, own in sorted(draws.items())

@@ -17,7 +17,7 @@ from udim.passes import ApplyFn
 from udim.splits import RunSplits
 
 PyTree = Any
-# Batches of fewer bytes than this stay on the devices between evaluations.
+# So much of all parts stays on the devices between evaluations.
 KEPT_BYTES = 2**28
 IN_FLIGHT = 4
 
@@ -55,7 +55,11 @@ class Evaluator:
     parts: Mapping[str, EvalBatches],
     sharding: jax.sharding.NamedSharding | None = None,
   ):
-    self._parts = {name: _kept(batches) for name, batches in parts.items()}
+    self._parts, left = {}, KEPT_BYTES
+    for name, batches in parts.items():
+      size = batches.nbytes
+      self._parts[name] = list(batches) if size <= left else batches
+      left -= size if size <= left else 0
     self._sums = _sums_of(apply_fn, sharding and sharding.mesh)
 
   @property
@@ -116,13 +120,6 @@ def _sums_of(apply_fn: ApplyFn, mesh: jax.sharding.Mesh | None) -> Any:
   return sums
 
 
-def _kept(batches: EvalBatches) -> Iterable[Any]:
-  """The batches on their devices, if they are small; else made each time."""
-  first = next(iter(batches))
-  size = sum(x.nbytes for x in jax.tree.leaves(first)) * len(batches)
-  return list(batches) if size <= KEPT_BYTES else batches
-
-
 def make_parts(
   config: Any, splits: RunSplits, sharding: Any = None
 ) -> dict[str, EvalBatches]:
@@ -154,7 +151,8 @@ def make_parts(
       batch_size=min(config.evaluation.batch_size, len(part)),
       transform=transform,
       sharding=sharding,
-      workers=config.data.workers,
+      # Processes of their own do not pay for images that are there already.
+      workers=0 if part.arrays(np.zeros(1, int)) else config.data.workers,
       threads=config.data.threads,
     )
     for role, parts in chosen.items()

@@ -1,9 +1,10 @@
 """Random search over hyper-parameters, and who chooses among the draws.
 
 DomainBed's protocol (Gulrajani & Lopez-Paz, ICLR 2021, section 3.3): every
-algorithm is drawn as often, draw 0 are its defaults, and each selection method
-chooses among draws as it chooses among the steps of one. With tuning seeds the
-choice is made once for all runs that are reported, on runs that are not.
+algorithm is drawn as often, draw 0 is the configuration, and each selection
+method chooses among draws as it chooses among the steps of one. With tuning
+seeds the choice is made once for all runs that are reported, on runs that are
+not, and without draw 0.
 """
 
 import math

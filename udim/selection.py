@@ -84,6 +84,11 @@ def select(lines: Sequence[Line]) -> dict[str, Selected]:
   return selected
 
 
+def has_targets(lines: Sequence[Line]) -> bool:
+  """Whether targets were evaluated at all."""
+  return any(of_role(line, "target_main/accuracy") for line in lines)
+
+
 def best(lines: Sequence[Line], view: View) -> int:
   """The first evaluation with the highest mean of what `view` shows."""
   means = [_mean(view(line)) for line in lines]

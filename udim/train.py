@@ -112,6 +112,7 @@ def make_setup(config: Any, domain_set: DomainSet | None = None) -> Setup:
   domain_set = domain_set or load_domains(config.data.source)
   model = make_model(config.model, len(domain_set.classes))
   apply_fn = make_apply_fn(model)
+  _check_batch_norm(config.model)
   algorithm = make_algorithm(config, apply_fn, tx)
   run = chosen_run(config, domain_set)
   if algorithm.name in NEEDS_DOMAINS and len(run.sources) < 2:
@@ -184,6 +185,16 @@ def check_values(config: Any) -> None:
     )
   check_keys(config.swad, ("n_converge", "n_tolerance", "tolerance_ratio"),
              what="swad")  # fmt: skip
+
+
+def _check_batch_norm(model: Any) -> None:
+  normalises = model.name.startswith(("wrn", "resnet"))
+  if normalises and model.batch_norm == "frozen" and not model.pretrained:
+    raise UserError(
+      f"model.name={model.name!r} with model.batch_norm='frozen' and no "
+      "model.pretrained would not normalise at all: set "
+      "model.batch_norm='update' or give weights"
+    )
 
 
 def chosen_run(config: Any, domain_set: DomainSet) -> Run:
@@ -283,7 +294,12 @@ def train_and_evaluate(
         },
         pinned=("data_hash", "sources", "targets"),
         keep=config.checkpoint.keep,
-        best="val/accuracy" if config.checkpoint.keep_best else None,
+        # An average is what its run is for, whatever came before.
+        best=(
+          "val/accuracy"
+          if config.checkpoint.keep_best and setup.averager is None
+          else None
+        ),
         best_mode="max",
         tensorboard=config.log.tensorboard,
       )

@@ -85,6 +85,8 @@ class EvaluationHook:
       state = self._remember(state, lines["val/accuracy"])
       if info.step == self._algorithm.start_step:
         state, lines["warm_up/accuracy"] = self._recall(state)
+        if self._averager is not None:  # of the path that was left
+          state = _without_averages(state, self._averager)
     self._latest = (info.step, lines)
     self._writer.write(info.step, lines)
     return state
@@ -141,3 +143,14 @@ class EvaluationHook:
 
   def set_state(self, state: dict[str, Any]) -> None:
     self._latest = int(state["step"]), dict(state["lines"])
+
+
+def _without_averages(state: TrainState, averager: Swad) -> TrainState:
+  """The state with an averager that has seen nothing."""
+  now = averaged(state.params, state.extra["batch_stats"])
+  fresh = jax.tree.map(
+    lambda new, old: jax.device_put(new, old.sharding),
+    averager.init(now),
+    state.extra["swad"],
+  )
+  return dataclasses.replace(state, extra={**state.extra, "swad": fresh})

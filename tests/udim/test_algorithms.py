@@ -218,6 +218,11 @@ def test_a_loss_that_is_no_mean_refuses_micro_batches():
     make_state(make_config("coral", accum=2))
 
 
+def test_esam_refuses_micro_batches():
+  with pytest.raises(UserError, match=r"accum=2: esam chooses images"):
+    make_state(make_config("esam", accum=2))
+
+
 @pytest.mark.parametrize("name", ["irm", "fishr"])
 def test_the_optimizer_starts_afresh_where_the_penalty_sets_in(name):
   config = make_config(name)

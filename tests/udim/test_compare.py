@@ -259,11 +259,11 @@ def test_tuning_chooses_and_says_so(tmp_path):
   chosen = json.loads((tmp_path / "chosen.json").read_text())
   assert set(chosen) == {"sam"}
   scores = [d["tuning_accuracy"] for d in chosen["sam"]["draws"]]
-  assert chosen["sam"]["chosen"] == scores.index(max(scores))
-  folders = {str(path) for path in results_of(tmp_path)}
+  # The configuration's own settings, draw 0, do not take part.
   draw = chosen["sam"]["chosen"]
-  suffix = f"-draw{draw}" if draw else ""
-  assert f"runs/sam/clean/seed0{suffix}" in folders
+  assert draw == 1 + scores.index(max(scores))
+  folders = {str(path) for path in results_of(tmp_path)}
+  assert f"runs/sam/clean/seed0-draw{draw}" in folders
   assert "runs/erm/clean/seed0" in folders
   assert len(folders) == 4
 
@@ -318,6 +318,31 @@ def test_a_draw_that_diverges_counts_as_far_as_it_came(tmp_path):
   assert "diverged" not in (tmp_path / "report.md").read_text()
   # Started again, it is not tried again.
   compare(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("label", ["sam", "erm+swad"])
+def test_one_that_diverges_before_it_is_evaluated_stops_nothing(
+  label, tmp_path
+):
+  config = make_config("erm,udim_zero", seeds=2, landscape=False)
+  config.compare.variants.udim_zero = (f"algorithm={label}", "optim.lr=1e30")
+  config.evaluation.every = 4
+  compare(config, str(tmp_path))
+  result = Result.load(tmp_path / "runs/udim_zero/clean/seed0")
+  assert result.selected == {}
+  assert result.stopped.startswith("step ")
+  page = (tmp_path / "report.md").read_text()
+  assert "| udim_zero | – | – |" in page
+
+
+def test_algorithms_that_compare_domains_are_left_out_of_a_single_one(caplog):
+  config = make_config("erm,coral")
+  jobs = make_jobs(config, ["erm", "coral"], [0], [0])
+  assert [job.label for job in jobs] == ["erm"]
+  assert "coral compares source domains: left out" in caplog.text
+  config = get_config("digits_rot,smoke")
+  jobs = make_jobs(config, ["erm", "coral"], [0], [0])
+  assert len(jobs) == 12
 
 
 def test_corruptions_are_grouped_by_kind():

@@ -190,6 +190,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, caplog):
     data = load(tmp_path, unreadable="skip", threads=2)
   assert data.skipped == ("day/dog/0.png", "night/guitar/1.png")
   assert data.facts()["skipped_images"] == 2
+  assert data.facts()["skipped_files"] == list(data.skipped)
   assert [len(domain) for domain in data.domains] == [5, 6]
   assert len(list(data["day"])) == 5
   assert "left out 2 of 13 images" in caplog.text

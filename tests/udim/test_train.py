@@ -139,6 +139,13 @@ def test_sharded_parameters_change_nothing(straight, tmp_path):
   )
 
 
+def test_averages_forget_a_path_that_was_left(tmp_path):
+  """The warm-up's evaluations are not in the valley."""
+  state = train_and_evaluate(make_config("udim+swad"), str(tmp_path))
+  # Of five evaluations two belong to the warm-up.
+  assert int(state.extra["swad"].validations) == 3
+
+
 @pytest.mark.parametrize("algorithm", ["erm+swad", "look_sam"])
 def test_resumed_with_arrays_of_its_own(algorithm, tmp_path, monkeypatch):
   config = make_config(algorithm)
@@ -270,6 +277,28 @@ def test_a_trained_run_is_read_and_scored(straight, tmp_path):
     load_run(straight, step="77")
   with pytest.raises(UserError, match=r"no run in"):
     load_run(tmp_path)
+
+
+def test_averaged_weights_are_evaluated_as_such(tmp_path):
+  config = make_config("erm+swad")
+  train_and_evaluate(config, str(tmp_path))
+  assert load_run(tmp_path).step == 10  # whatever was better before
+
+
+def test_a_comparison_is_no_training(tmp_path):
+  from common.config import save_config
+
+  save_config(tmp_path, make_config())
+  (tmp_path / "runs").mkdir()
+  with pytest.raises(UserError, match="holds a comparison, not a training"):
+    load_run(tmp_path)
+
+
+def test_frozen_statistics_want_weights(tmp_path):
+  config = make_config()
+  config.model.name = "wrn28_1"
+  with pytest.raises(UserError, match=r"would not normalise at all: set"):
+    train_and_evaluate(config, str(tmp_path / "run"))
 
 
 def test_images_of_ones_own(straight, tmp_path):

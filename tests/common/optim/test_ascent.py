@@ -1,4 +1,6 @@
-"""Ascents: the perturbations of specs' table, in NumPy, and inside optax."""
+"""Ascents: the perturbations of the table, in NumPy, and inside optax."""
+
+import itertools
 
 import chex
 import jax
@@ -120,7 +122,7 @@ def test_bfloat16_keeps_the_radius():
 
 
 @pytest.mark.parametrize(
-  ("name", "opaque"), [*((name, True) for name in ASCENTS), ("asam", False)]
+  ("name", "opaque"), list(itertools.product(ASCENTS, (True, False)))
 )
 def test_inside_optax_sam_it_equals_ours(name, opaque):
   """Their SAM descends to perturb and then changes the sign."""

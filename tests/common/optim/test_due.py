@@ -11,7 +11,17 @@ import optax
 import pytest
 
 from common.errors import UserError
-from common.optim import esam, gam, look_sam, sam, second_pass
+from common.optim import (
+  asam,
+  esam,
+  fisher_sam,
+  gam,
+  gsam,
+  look_sam,
+  sagm,
+  sam,
+  second_pass,
+)
 
 INPUTS = np.random.default_rng(0).normal(size=(256, 32)).astype(np.float32)
 PERIODIC = {
@@ -90,6 +100,8 @@ def flops(make, due=None):
     (functools.partial(sam, every=2), True, 2.02),
     (functools.partial(sam, every=2), False, 1.02),
     (sam, False, 1.02),  # without a period too
+    *((member, None, 2.02) for member in (sam, asam, fisher_sam, gsam, sagm)),
+    (gam, None, 4.04),
   ],
 )
 def test_compiled_flops(member, due, gradients):
