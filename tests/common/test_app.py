@@ -48,8 +48,11 @@ from common import app
 def main(config, workdir):
   import jax
   print(jax.process_count(), config.optim.lr, workdir, flush=True)
-  if config.name == "die" and jax.process_index() == 0:
-    raise RuntimeError("boom")
+  if config.name == "die":
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("both have printed")
+    if jax.process_index() == 0:
+      raise RuntimeError("boom")
   if config.name != "toy":
     import time
     end = time.monotonic() + 60
