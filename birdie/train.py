@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from common.report import write_report
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import LossFn, make_train_step
-from common.train import Hook, train
+from common.train import train
 from common.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -303,21 +303,6 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   return state
 
 
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-  """A run's hooks.
-
-  Attributes:
-    in_order: all of them, as the loop calls them.
-    host: those whose state is saved, by name.
-    preemption: to be entered while the loop runs.
-  """
-
-  in_order: Sequence[Hook]
-  host: Mapping[str, Any]
-  preemption: hooks_lib.PreemptionHook
-
-
 def make_hooks(
   config: Any,
   setup: Setup,
@@ -325,7 +310,7 @@ def make_hooks(
   progress: ProgressBar,
   evaluator: Evaluator,
   retrieval: RetrievalEvaluation,
-) -> Hooks:
+) -> hooks_lib.RunHooks:
   """Guard, log, evaluate, save, preempt, profile: in this order."""
   guard = hooks_lib.StopOnNonFinite()
   host: dict[str, Any] = {
@@ -359,7 +344,7 @@ def make_hooks(
   in_order = [guard, *host.values(), checkpoint, preemption]
   if config.profile.count:
     in_order.append(profile)
-  return Hooks(in_order, host, preemption)
+  return hooks_lib.RunHooks(in_order, host, preemption)
 
 
 def make_evaluator(

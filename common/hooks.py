@@ -3,6 +3,7 @@ the stop on a loss that is not finite, and preemption.
 """
 
 import collections
+import dataclasses
 import hashlib
 import logging
 import signal
@@ -18,7 +19,7 @@ from common.errors import Preempted, RunError
 from common.metrics import Mean, MetricWriter, merge
 from common.progress import ProgressBar
 from common.state import TrainState
-from common.train import Every, StepInfo, is_due
+from common.train import Every, Hook, StepInfo, is_due
 
 log = logging.getLogger(__name__)
 
@@ -308,3 +309,18 @@ class ProfileHook:
       jax.profiler.stop_trace()
       self._tracing = False
       log.info("profile of steps up to %d: %s", info.step, self._directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunHooks:
+  """A run's hooks.
+
+  Attributes:
+    in_order: all of them, as the loop calls them.
+    host: those whose state is saved, by name.
+    preemption: to be entered while the loop runs.
+  """
+
+  in_order: Sequence[Hook]
+  host: Mapping[str, Any]
+  preemption: PreemptionHook

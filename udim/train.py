@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from common.progress import ProgressBar
 from common.report import write_report
 from common.state import TrainState
 from common.step import StepChoice
-from common.train import Hook, train
+from common.train import train
 from common.workdir import Workdir
 from udim.algorithms import (
   Algorithm,
@@ -330,28 +330,13 @@ def train_and_evaluate(
   return state
 
 
-@dataclasses.dataclass(frozen=True)
-class Hooks:
-  """A run's hooks.
-
-  Attributes:
-    in_order: all of them, as the loop calls them.
-    host: those whose state is saved, by name.
-    preemption: to be entered while the loop runs.
-  """
-
-  in_order: Sequence[Hook]
-  host: Mapping[str, Any]
-  preemption: hooks_lib.PreemptionHook
-
-
 def make_hooks(
   config: Any,
   setup: Setup,
   folder: Workdir,
   progress: ProgressBar,
   evaluator: Evaluator,
-) -> Hooks:
+) -> hooks_lib.RunHooks:
   """Guard, log, evaluate, save, preempt, profile: in this order."""
   guard = hooks_lib.StopOnNonFinite()
   images = config.data.images_per_domain * len(setup.run.sources)
@@ -392,4 +377,4 @@ def make_hooks(
         count=config.profile.count,
       )
     )
-  return Hooks(in_order, host, preemption)
+  return hooks_lib.RunHooks(in_order, host, preemption)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from common.checkpoint import load_params
 from configs.birdie import get_config
@@ -24,21 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 CLOCK = ("time", "seconds", "speed/")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-  """All runs here have the same shapes: one compiles, the others read."""
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from common.errors import UserError
 from configs.udim import get_config
@@ -30,20 +28,7 @@ from udim.tables import Comparison, domain_groups
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-  settings = {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("compile_once")
 
 
 def make_config(algorithms="erm,sam", **settings):
