@@ -94,7 +94,7 @@ def _data() -> ConfigDict:
   config.images_per_domain = 64  # of each source domain, in a batch
   config.holdout = 0.2  # the share of each domain that selects models
   config.workers = 0  # processes that make batches; 0: one thread
-  config.threads = 0  # that decode the images of a batch
+  config.threads = 0  # of grain, that decode the images of a batch
   config.prefetch = 2
   return config
 

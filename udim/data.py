@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -61,8 +60,8 @@ def train_loader(
     start: the first batch.
     prefetch: batches made ahead.
     workers: processes that make batches; 0: one thread.
-    threads: that decode and augment the images of a batch, in each worker.
-      Worth it for image files, whose decoders release the interpreter.
+    threads: grain's, that decode and augment the images of a batch, in each
+      worker. Worth it for image files, whose decoders release the interpreter.
 
   Raises:
     UserError: for no domain, or n that does not divide among the devices.
@@ -115,7 +114,7 @@ def _row_shares(sharding: Any, axis: int) -> tuple[int, int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-  """Reads images in threads; picklable, for workers.
+  """Reads images in grain's threads; picklable, for workers.
 
   Attributes:
     transform: makes network inputs.
@@ -125,15 +124,17 @@ class _Reader:
   transform: Transform
   threads: int
 
-  @functools.cached_property
-  def _map(self) -> Callable:
+  def _map(self, fn: Callable, places: Sequence[Any]) -> list[Any]:
+    """`fn` of each, in their order."""
     if not self.threads:
-      return map
-    return futures.ThreadPoolExecutor(self.threads).map
+      return list(map(fn, places))
+    import grain
 
-  def __getstate__(self) -> dict[str, Any]:
-    # The threads are made again where they are needed.
-    return {k: v for k, v in self.__dict__.items() if k != "_map"}
+    options = grain.ReadOptions(
+      num_threads=self.threads, prefetch_buffer_size=2 * self.threads
+    )
+    dataset = grain.MapDataset.source(places).map(fn)
+    return list(dataset.to_iter_dataset(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +192,7 @@ class TrainReader(_Reader):
       for s, drawn in enumerate(keys)
       for i, key in enumerate(drawn)
     ]
-    rows = list(self._map(functools.partial(self._row, k), places))
+    rows = self._map(functools.partial(self._row, k), places)
     images = _stack([image for image, _ in rows])
     shape = (len(keys), len(keys[0]))
     labels = np.asarray([label for _, label in rows], np.int32)
@@ -261,7 +262,7 @@ class EvalReader(_Reader):
     arrays = self.domain.arrays(keys)
     if arrays is not None:
       return self.transform.evaluate_all(arrays[0]), arrays[1]
-    rows = list(self._map(self._row, keys.tolist()))
+    rows = self._map(self._row, keys.tolist())
     labels = np.asarray([label for _, label in rows], np.int32)
     return _stack([image for image, _ in rows]), labels
 
@@ -337,7 +338,7 @@ def eval_batches(
       NumPy arrays if None.
     prefetch: batches made ahead.
     workers: processes that make batches; 0: one thread.
-    threads: that decode the images of a batch, in each worker.
+    threads: grain's, that decode the images of a batch, in each worker.
 
   Raises:
     UserError: for a batch size below 1, or an empty part.

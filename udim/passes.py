@@ -18,15 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from common.errors import UserError
 from common.optim.ascent import value_at
+from udim.heads import AnyHead, Head, HeadLoss, LinearHead
 from udim.inconsistency import (
   accumulated_gradient,
-  head_logits,
-  head_moments,
-  make_targets,
   mean_over_batches,
   moments_inconsistency,
 )
@@ -74,15 +71,22 @@ class Passes:
 
 
 def udim_passes(
-  apply_fn: ApplyFn, head_path: str, cfg: UdimConfig, *, accum: int = 1
+  apply_fn: ApplyFn,
+  head_path: str,
+  cfg: UdimConfig,
+  *,
+  accum: int = 1,
+  head_loss: HeadLoss | None = None,
+  chunk: int | None = None,
 ) -> Callable[..., Passes]:
   """The functions that `udim(...).update` takes, from a model and a batch.
 
   Args:
     apply_fn: `(variables, images, *, train, rngs) -> (features [b, d],
       logits [b, k], new_batch_stats)`; `variables` has `params` and
-      `batch_stats`, and `features` are what the linear head reads.
-    head_path: path of the head's `kernel` [d, k] and `bias` [k] in the
+      `batch_stats`, and `features` are what the head reads. With `head_loss`
+      the logits are not used, and `features` may be [b, ...].
+    head_path: path of the linear head's `kernel` [d, k] and `bias` [k] in the
       parameters, such as "head" or "net/classifier".
     cfg: the settings.
     accum: micro-batches, each with n / accum images of every domain. The
@@ -90,6 +94,13 @@ def udim_passes(
       statistics are then a micro-batch's), for one more forward pass of both
       halves: moments accumulate, the inconsistency would not. It divides
       `cfg.term_images` too.
+    head_loss: for a head that is not linear, or another loss than
+      cross-entropy: `(head, features, label) -> loss` of one sample, where
+      `head` is the tree of arrays at `head_path`. It takes the place of the
+      loss of the logits, in every pass; moments then take a gradient by
+      sample, and the memory of as many heads.
+    chunk: with `head_loss`, samples of a domain whose gradients are held at a
+      time, a divisor of their number; all if None.
 
   Returns:
     `(params, batch, rng, step, *, batch_stats={}) -> Passes`, which computes
@@ -98,16 +109,19 @@ def udim_passes(
     Other parameters are right too, but then pass 1 is not reused.
 
     batch: `{"image": float [s, n, ...], "label": int [s, n] or distributions
-      [s, n, k]}`. Losses are means over the global batch: under jit it may be
-      sharded along n, and `params` in any way.
+      [s, n, k]}`; with `head_loss`, labels [s, n, ...] of any kind. Losses are
+      means over the global batch: under jit it may be sharded along n, and
+      `params` in any way.
     rng: key of the step's dropout, or None.
     step: int, the number of updates done, for schedules.
 
   Raises:
-    UserError: from the call, for a batch or a head of other shapes, and for
-      numbers of images that do not divide.
+    UserError: for `chunk` or label smoothing that would do nothing; from the
+      call, for a batch or a head of other shapes, and for numbers of images
+      that do not divide.
   """
   cfg = cfg.resolved()
+  head = _make_head(head_path, cfg, head_loss, chunk)
 
   def passes_of(
     params: PyTree,
@@ -117,9 +131,9 @@ def udim_passes(
     *,
     batch_stats: PyTree = {},  # noqa: B006, never written
   ) -> Passes:
-    images, labels, domains = _flatten(batch)
+    images, labels, domains = _flatten(batch, any_label=head_loss is not None)
     rho_x = value_at(cfg.rho_x, jnp.asarray(step))
-    model = _Model(apply_fn, head_path, cfg, batch_stats, domains, rho_x)
+    model = _Model(apply_fn, head, cfg, batch_stats, domains, rho_x)
     _check_counts(len(images) // domains, cfg.term_images, accum)
     keys: Keys = dict.fromkeys(_PASSES, rng)
     if rng is not None and not cfg.share_dropout:
@@ -131,13 +145,34 @@ def udim_passes(
   return passes_of
 
 
-def _flatten(batch: Batch) -> tuple[jax.Array, jax.Array, int]:
+def _make_head(
+  path: str, cfg: UdimConfig, head_loss: HeadLoss | None, chunk: int | None
+) -> Head:
+  if head_loss is None:
+    if chunk is not None:
+      raise UserError(
+        f"udim: chunk={chunk} is for a head_loss: a linear head has no "
+        "gradients by sample"
+      )
+    return LinearHead(path, cfg.label_smoothing)
+  if cfg.label_smoothing:
+    raise UserError(
+      f"udim: label_smoothing={cfg.label_smoothing} belongs to the "
+      "cross-entropy: smooth the labels in head_loss"
+    )
+  return AnyHead(path, head_loss, chunk)
+
+
+def _flatten(
+  batch: Batch, *, any_label: bool
+) -> tuple[jax.Array, jax.Array, int]:
   """[s, n, ...] -> [n s, ...]: n, which may be sharded, is the major axis, so
   that no image changes its device.
   """
   images, labels = batch["image"], batch["label"]
   is_soft = not jnp.issubdtype(labels.dtype, jnp.integer)
-  if labels.ndim != 2 + is_soft or images.shape[:2] != labels.shape[:2]:
+  fits = labels.ndim >= 2 if any_label else labels.ndim == 2 + is_soft
+  if not fits or images.shape[:2] != labels.shape[:2]:
     raise UserError(
       f"udim: images {list(images.shape)} and labels {list(labels.shape)} must "
       "be blocked by domain, [s, n, ...]: add an axis [None] for one domain"
@@ -177,16 +212,23 @@ class _Model:
   """A model under the settings: its losses, statistics and the added term."""
 
   apply_fn: ApplyFn
-  head_path: str
+  head: Head
   cfg: UdimConfig
   batch_stats: PyTree
   domains: int
   rho_x: float | jax.Array
 
   def forward(self, params: PyTree, images: jax.Array, key: jax.Array | None):
+    """`features, logits, batch_stats`."""
     variables = {"params": params, "batch_stats": self.batch_stats}
     rngs = {} if key is None else {"dropout": key}
     return self.apply_fn(variables, images, train=True, rngs=rngs)
+
+  def losses(self, params, images, labels, key):
+    """`(features, losses [b]), batch_stats`."""
+    features, logits, stats = self.forward(params, images, key)
+    head = self.head.of(params)
+    return (features, self.head.losses(head, features, labels, logits)), stats
 
   def of_term(self, x: jax.Array) -> jax.Array:
     """[n s, ...] -> the rows of the images that the term uses.
@@ -200,26 +242,9 @@ class _Model:
     strided = x.reshape(self.cfg.term_images, -1, self.domains, *x.shape[1:])
     return strided[:, 0].reshape(rows, *x.shape[1:])
 
-  def head(self, params: PyTree) -> tuple[jax.Array, jax.Array]:
-    found = params
-    for name in self.head_path.split("/"):
-      found = found.get(name) if isinstance(found, Mapping) else None
-    if not isinstance(found, Mapping) or not {"kernel", "bias"} <= set(found):
-      raise UserError(
-        f"udim: head_path={self.head_path!r} has no kernel and bias; the "
-        f"parameters hold {', '.join(params)}"
-      )
-    return found["kernel"], found["bias"]
-
-  def loss(self, logits: jax.Array, labels: jax.Array) -> jax.Array:
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    smoothing = self.cfg.label_smoothing
-    targets = make_targets(labels, logits.shape[-1], smoothing)
-    return jnp.mean(optax.softmax_cross_entropy(logits, targets))
-
   def loss_at(self, params, images, labels, key):
-    _, logits, batch_stats = self.forward(params, images, key)
-    return self.loss(logits, labels), batch_stats
+    (_, losses), batch_stats = self.losses(params, images, labels, key)
+    return jnp.mean(losses), batch_stats
 
   def gradients(self, params, images, labels, key):
     """`(loss, batch_stats), (grads, data_grad)` of one backward pass."""
@@ -255,31 +280,25 @@ class _Model:
     """From features [b, d]: moments by domain, [s, ...] and [s, ...], and the
     loss of the perturbed half. All of them are means over samples.
     """
-    weight, bias = head
-
-    def of_domain(features, labels):
-      smoothing = self.cfg.label_smoothing
-      return head_moments(
-        features, weight, bias, labels, label_smoothing=smoothing
-      )
 
     def moments(features):
       blocked = (
         x.reshape(-1, self.domains, *x.shape[1:]) for x in (features, labels)
       )
+      of_domain = functools.partial(self.head.moments, head)
       return jax.vmap(of_domain, in_axes=1)(*blocked)
 
     of_source = moments(source)
     if self.detaches_source:
       of_source = jax.lax.stop_gradient(of_source)
-    loss = self.loss(head_logits(perturbed, weight, bias), labels)
+    loss = jnp.mean(self.head.losses(head, perturbed, labels))
     return of_source, moments(perturbed), loss
 
   def statistics_at(self, params, images, perturbed, labels, keys: Keys):
     """The same, with the forward passes of both halves."""
     source = self.forward(params, images, keys["source"])[0]
     twin = self.forward(params, perturbed, keys["perturbed"])[0]
-    return self.statistics(source, twin, self.head(params), labels)
+    return self.statistics(source, twin, self.head.of(params), labels)
 
   def objective(self, statistics) -> tuple[jax.Array, Metrics]:
     """The added term and its parts."""
@@ -300,13 +319,12 @@ def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
   is_part = len(term_images) < len(images)
 
   def clean(params, images):
-    features, logits, stats = model.forward(params, images, keys["clean"])
-    return (features, logits), stats
+    return model.losses(params, images, labels, keys["clean"])
 
   outputs, pull, stats = jax.vjp(clean, params, images, has_aux=True)
-  features, logits = outputs
-  loss, of_logits = jax.value_and_grad(model.loss)(logits, labels)
-  grads, data_grad = pull((jnp.zeros_like(features), of_logits))
+  features, losses = outputs
+  loss, of_losses = jax.value_and_grad(jnp.mean)(losses)
+  grads, data_grad = pull((jnp.zeros_like(features), of_losses))
 
   def data_grad_at(params):
     return model.data_grad(params, term_images, term_labels, keys["clean"])
@@ -332,7 +350,7 @@ def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
     is_shared = keys["source"] is keys["clean"] and not is_part
     if params is first_params and is_shared:
       term, metrics = _kept_term(
-        model, params, (features, logits, pull), perturbed, labels, keys
+        model, params, (*outputs, pull), perturbed, labels, keys
       )
     else:
       term, metrics = jax.grad(
@@ -349,11 +367,11 @@ def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
 
 def _kept_term(model: _Model, params, kept, perturbed, labels, keys: Keys):
   """The term's gradient with the source half from the first pass."""
-  features, logits, pull = kept
+  features, losses, pull = kept
 
   def twin_and_head(params):
     twin = model.forward(params, perturbed, keys["perturbed"])[0]
-    return twin, model.head(params)
+    return twin, model.head.of(params)
 
   def objective(source, twin, head):
     return model.objective(model.statistics(source, twin, head, labels))
@@ -364,7 +382,7 @@ def _kept_term(model: _Model, params, kept, perturbed, labels, keys: Keys):
   )(features, twin, head)
   (term,) = pull_twin(tuple(others))
   if not model.detaches_source:
-    by_source, _ = pull((of_source, jnp.zeros_like(logits)))
+    by_source, _ = pull((of_source, jnp.zeros_like(losses)))
     term = jax.tree.map(jnp.add, term, by_source)
   return term, metrics
 

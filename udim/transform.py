@@ -14,7 +14,7 @@ pass is a third:
     a step of SAM, or one without the term             2
     "fast" and "plain"; a dropout mask a pass          3.7;  4
     the same with `detach_source`                      3;    3.4
-    "exact"                                            5.1;  5.4
+    "exact"                                            5.0;  5.3
     `accum` micro-batches, "fast"                      4.7
     `term_images` of half the images, "fast"           3
 
@@ -53,6 +53,7 @@ from common.optim.ascent import (
   value_at,
 )
 from common.optim.second_pass import Combine, check_due, second_gradient
+from udim.heads import HeadLoss
 from udim.passes import (
   ApplyFn,
   Batch,
@@ -227,6 +228,8 @@ def udim_grads(
   cfg: UdimConfig,
   *,
   accum: int = 1,
+  head_loss: HeadLoss | None = None,
+  chunk: int | None = None,
   ascent: optax.GradientTransformation | None = None,
   combine: Combine = second_gradient,
 ) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
@@ -234,9 +237,11 @@ def udim_grads(
 
   Args:
     apply_fn: the model, see `udim_passes`.
-    head_path: path of its linear head in the parameters.
+    head_path: path of its head in the parameters.
     cfg: the settings.
     accum: micro-batches, see `udim_passes`.
+    head_loss: of a head that is not linear, see `udim_passes`.
+    chunk: with `head_loss`, see `udim_passes`.
     ascent: as for `udim`; its state must be no more than the number of updates
       done, which is `step`.
     combine: as for `udim`.
@@ -259,7 +264,9 @@ def udim_grads(
   """
   cfg = cfg.resolved()
   ascent = _choose_ascent(cfg, ascent)
-  passes_of = udim_passes(apply_fn, head_path, cfg, accum=accum)
+  passes_of = udim_passes(
+    apply_fn, head_path, cfg, accum=accum, head_loss=head_loss, chunk=chunk
+  )
 
   def grads_of(
     params: PyTree,

@@ -22,7 +22,7 @@ X64 = jax.enable_x64
 
 
 def fixture():
-  """Fixture 3 of the specification, §9: features of both halves and a head."""
+  """Features of both halves and a head, in closed form."""
   row, column = np.arange(4.0)[:, None], np.arange(3.0)[None, :]
   return (
     np.sin(0.7 * row + 0.3 * column) + 0.5,

@@ -19,7 +19,7 @@ jit = functools.partial(jax.jit, compiler_options=QUICK)
 
 
 def net():
-  """Network, images and labels of fixture 4 (specification, §9), in NumPy."""
+  """A small network, images and labels in closed form, in NumPy."""
   row, column = np.arange(6.0)[:, None], np.arange(6.0)[None, :]
   params = {
     "hidden": 0.4 * np.cos(0.5 * row[:5] + 0.7 * column[:, :4]),
@@ -141,7 +141,7 @@ def test_the_fixtures_new_bias():
 
 
 class Reference:
-  """One step of the authors' code in NumPy, from the specification's formulas.
+  """One step of the authors' code in NumPy, from its formulas.
 
   Derivatives are written out where they are of first order, and otherwise
   taken by a complex step: exact to the last digits, with no automatic

@@ -14,7 +14,7 @@ X64 = jax.enable_x64
 
 
 def net():
-  """The network, images and labels of fixture 4 (specification, §9)."""
+  """The network, images and labels of tests/udim/test_passes.py."""
   row = np.arange(6.0)[:, None]
   column = np.arange(6.0)[None, :]
   params = {
