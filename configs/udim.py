@@ -7,7 +7,7 @@ Variants, to be combined with commas (`configs/udim.py:digits_c,smoke`):
   smoke       the same code path in less than a minute
   train       one training instead of a comparison
   digits_c    clean digits to train on, 8 corruptions x 5 severities to test
-  digits_rot  digits at six angles, each in turn left out
+  digits_rot  digits at six angles, each in turn left out; few sources too
   digits_color  digits whose colour betrays the label
   cifar10c    CIFAR-10 to train on, CIFAR-10-C to test, WideResNet-28-2
   pacs, vlcs, officehome, terraincognita, domainnet
@@ -290,8 +290,25 @@ def digits_c(config: ConfigDict) -> None:
 
 
 def digits_rot(config: ConfigDict) -> None:
-  """Six angles, each left out in turn."""
-  config.data.source.kind = "digits_rot"
+  """Six angles, each left out in turn; also with one and two sources alone."""
+  _domains_of_digits(config, "digits_rot")
+  with config.compare.variants.unlocked():
+    for count in (1, 2):
+      for name in ("erm", "sam", "udim"):
+        config.compare.algorithms += f",{name}_{count}"
+        config.compare.variants[f"{name}_{count}"] = (
+          f"algorithm={name}", f"sources_limit={count}",
+          f"data.images_per_domain={80 // count}",  # a batch as large
+        )  # fmt: skip
+
+
+def digits_color(config: ConfigDict) -> None:
+  """ColoredMNIST's recipe; the last domain contradicts the others."""
+  _domains_of_digits(config, "digits_color")
+
+
+def _domains_of_digits(config: ConfigDict, kind: str) -> None:
+  config.data.source.kind = kind
   config.protocol = "leave_one_out"
   config.data.images_per_domain = 16
   config.num_steps = 300
@@ -305,12 +322,6 @@ def digits_rot(config: ConfigDict) -> None:
   config.compare.landscape = False
   config.search.update({"draws": 4, "tuning_seeds": 1})
   config.methods.udim.domain_reduce = "mean"  # one weight for any number
-
-
-def digits_color(config: ConfigDict) -> None:
-  """ColoredMNIST's recipe; the last domain contradicts the others."""
-  digits_rot(config)
-  config.data.source.kind = "digits_color"
 
 
 def cifar10c(config: ConfigDict) -> None:

@@ -12,32 +12,13 @@ import numpy as np
 from common import files
 from common.report import duration, markdown_table, number
 from udim import statistics
+from udim.claims import claims_section
 from udim.results import Result, by_domain, by_seed, choose_draws
 from udim.selection import METHODS
 
 FILE_NAME = "report.md"
-LEVEL = 0.05
 BySeed = dict[int, float]
 
-SAME = 0.005  # differences within half a point count as none
-# (label, reference, what would be shown): tested where both were run. UDIM's
-# parts are held against SAM inside UDIM, with the same radius and warm-up.
-CLAIMS = (
-  ("udim", "sam", "UDIM is better than SAM"),
-  ("udim", "erm", "UDIM is better than ERM"),
-  ("sam", "erm", "SAM is better than ERM"),
-  ("udim", "perturbed_loss", "UDIM is better than the loss on its images"),
-  ("udim", "perturbed_sam", "UDIM is better than SAM on its images too"),
-  ("udim_pen", "udim_zero", "the variance term alone is better than none"),
-  ("udim_norm", "udim_zero", "the norm term alone is better than none"),
-  ("udim_still", "udim_zero", "the term on unmoved images is better than none"),
-)  # fmt: skip
-# The same, where no difference would be shown: an interval within `SAME`.
-EQUALITIES = (
-  ("udim_exact", "udim", "the exact data gradient is worth the fast one"),
-  ("udim_plain", "udim", "the plain data gradient is worth the fast one"),
-  ("udim_detached", "udim", "a detached source is worth one that is not"),
-)  # fmt: skip
 _TITLES = {
   "source": "Models chosen by the sources' held-out images",
   "oracle": "Models chosen by the targets' held-out images (oracle)",
@@ -102,7 +83,7 @@ def write_comparison(
   parts = [_head(folder, config, table)]
   methods = [m for m in METHODS if any(table.of(x, m) for x in order)]
   parts += [_accuracy_section(table, method) for method in methods]
-  parts.append(_claims_section(table))
+  parts.append(claims_section(table.scores))
   parts.append(_domain_section(table))
   parts.append(_cost_section(table))
   parts.append(_landscape_section(table))
@@ -188,65 +169,6 @@ def _difference(
     return "–"
   found = statistics.paired(*statistics.align(values, reference))
   return statistics.format_interval(found, signed=True, **form)
-
-
-def _claims_section(table: Comparison) -> str:
-  """Every claim with its paired test, Holm's correction over all of them."""
-  tested = _differences(table, CLAIMS)
-  adjusted = statistics.holm([found.p_value for _, found in tested])
-  rows = []
-  for (text, found), p in zip(tested, adjusted):
-    if np.isnan(p):
-      verdict = "one seed: no test"
-    elif p >= LEVEL:
-      verdict = "not shown"
-    else:
-      verdict = "holds" if found.mean > 0 else "the opposite holds"
-    rows.append(_claim_row(text, found, p, verdict))
-  for text, found in _differences(table, EQUALITIES):
-    reach = abs(found.mean) + found.half_width
-    verdict = "holds" if reach <= SAME else "not shown"
-    rows.append(_claim_row(text, found, np.nan, verdict))
-  if not rows:
-    return ""
-  header = ("claim", "difference", "seeds won", "p (Holm)", "verdict")
-  note = (
-    "Models chosen by the sources' held-out images; two-sided paired t-tests, "
-    "corrected for the number of claims on this page. One is worth another if "
-    f"the 95 % interval lies within ± {100 * SAME:g} points."
-  )
-  return f"## What holds\n\n{note}\n\n" + markdown_table(header, rows)
-
-
-def _differences(
-  table: Comparison, claims: Sequence[tuple[str, str, str]]
-) -> list[tuple[str, statistics.Difference]]:
-  """Text and paired difference of the claims whose sides were both run."""
-  return [
-    (
-      text,
-      statistics.paired(
-        *statistics.align(
-          table.scores(label, "source"), table.scores(reference, "source")
-        )
-      ),
-    )
-    for label, reference, text in claims
-    if set(table.scores(label, "source"))
-    & set(table.scores(reference, "source"))
-  ]
-
-
-def _claim_row(
-  text: str, found: statistics.Difference, p: float, verdict: str
-) -> tuple[str, ...]:
-  return (
-    text,
-    statistics.format_interval(found, signed=True),
-    f"{found.wins} of {found.count}",
-    "–" if np.isnan(p) else f"{p:.2g}",
-    verdict,
-  )
 
 
 def domain_groups(domains: Sequence[str]) -> dict[str, list[str]]:
