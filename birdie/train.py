@@ -25,10 +25,10 @@ from common.errors import UserError
 from common.metrics import Mean
 from common.optim import make_optimizer
 from common.parallel import (
+  abstract_sharded,
   batch_sharding,
   init_sharded,
   make_mesh,
-  shardings,
   startup_report,
 )
 from common.progress import ProgressBar
@@ -152,14 +152,6 @@ def make_setup(config: Any, tokenizer: Tokenizer) -> Setup:
     return TrainState.create(params, tx, extra)
 
   key = jax.random.key(config.seed)
-  with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(init, key)
-    placed = shardings(shapes, mesh, RULES)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    placed,
-  )
   return Setup(
     configurations=configurations,
     curriculum=curriculum,
@@ -169,7 +161,7 @@ def make_setup(config: Any, tokenizer: Tokenizer) -> Setup:
     tx=tx,
     learning_rate=learning_rate,
     create=lambda: init_sharded(init, mesh, RULES, key),
-    abstract=abstract,
+    abstract=abstract_sharded(init, mesh, RULES, key),
     eval_steps=eval_steps,
   )
 

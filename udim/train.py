@@ -16,11 +16,11 @@ from common.errors import UserError
 from common.optim import make_optimizer, swad
 from common.optim.averaging import Swad
 from common.parallel import (
+  abstract_sharded,
   batch_sharding,
   from_host,
   init_sharded,
   make_mesh,
-  shardings,
   startup_report,
   to_host,
 )
@@ -142,14 +142,6 @@ def make_setup(config: Any, domain_set: DomainSet | None = None) -> Setup:
     return state
 
   key = jax.random.key(config.seed)
-  with jax.set_mesh(mesh):
-    shapes = jax.eval_shape(init, key)
-    placed = shardings(shapes, mesh, RULES)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    placed,
-  )
 
   def create() -> TrainState:
     state = init_sharded(init, mesh, RULES, key)
@@ -161,7 +153,7 @@ def make_setup(config: Any, domain_set: DomainSet | None = None) -> Setup:
 
   return Setup(
     domain_set, shape, run, splits, apply_fn, mesh, algorithm, averager,
-    learning_rate, create, abstract,
+    learning_rate, create, abstract_sharded(init, mesh, RULES, key),
   )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ _EXPORTS = {
   "bytes_per_device": "common.parallel.mesh",
   "startup_report": "common.parallel.mesh",
   "shardings": "common.parallel.rules",
+  "abstract_sharded": "common.parallel.rules",
   "init_sharded": "common.parallel.rules",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]

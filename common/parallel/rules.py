@@ -85,6 +85,23 @@ def _check(
       )
 
 
+def abstract_sharded(
+  init_fn: Callable[[jax.Array], PyTree],
+  mesh: Mesh,
+  rules: Rules,
+  key: jax.Array,
+) -> PyTree:
+  """What `init_sharded` would make: shapes, dtypes and shardings."""
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(init_fn, key)
+    placed = shardings(shapes, mesh, rules)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    placed,
+  )
+
+
 def init_sharded(
   init_fn: Callable[[jax.Array], PyTree],
   mesh: Mesh,
@@ -96,6 +113,7 @@ def init_sharded(
   Nothing is ever whole on one device: shapes first, then shardings, then one
   jit with `out_shardings`.
   """
+  abstract = abstract_sharded(init_fn, mesh, rules, key)
+  placed = jax.tree.map(lambda x: x.sharding, abstract)
   with jax.set_mesh(mesh):
-    placed = shardings(jax.eval_shape(init_fn, key), mesh, rules)
     return jax.jit(init_fn, out_shardings=placed)(key)

@@ -1,11 +1,6 @@
 """Two real processes make the run and the comparison that one makes."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import chex
 import numpy as np
@@ -14,7 +9,6 @@ import pytest
 from common.checkpoint import load_params
 from udim.results import Result
 
-ROOT = pathlib.Path(__file__).parents[2]
 OPTIONS = [
   "--config.num_steps=6", "--config.evaluation.every=2", "--config.log.every=2",
   "--config.data.source.corruptions=('blur',)",
@@ -24,49 +18,21 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-def run(workdir, cache, variant, processes):
-  """Four devices, dealt out to the processes."""
-  command = [
-    sys.executable, "-m", "udim.main", f"--config=configs/udim.py:{variant}",
-    f"--workdir={workdir}", f"--config.compile_cache={cache}", *OPTIONS,
-  ]  # fmt: skip
-  port = free_port()
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(4 // processes),
-  }
-  started = []
-  for i in range(processes):
-    place = [f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"]
-    place.append(f"--num_processes={processes}")
-    started.append(
-      subprocess.Popen(
-        [*command, *(place if processes > 1 else [])],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  try:
-    errors = [process.communicate(timeout=600)[1] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  for process, text in zip(started, errors, strict=True):
-    assert process.returncode == 0, text[-3000:]
-
-
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-  return tmp_path_factory.mktemp("xla")
+def run(run_processes, tmp_path_factory):
+  """`(workdir, variant, processes)`: four devices, dealt out to them."""
+  cache = tmp_path_factory.mktemp("xla")
+
+  def run(workdir, variant, processes):
+    run_processes(
+      [
+        "udim.main", f"--config=configs/udim.py:{variant}",
+        f"--workdir={workdir}", f"--config.compile_cache={cache}", *OPTIONS,
+      ],
+      processes,
+    )  # fmt: skip
+
+  return run
 
 
 def metrics(workdir):
@@ -79,9 +45,9 @@ def metrics(workdir):
   }
 
 
-def test_a_training(cache, tmp_path):
-  run(tmp_path / "one", cache, "train,smoke", 1)
-  run(tmp_path / "two", cache, "train,smoke", 2)
+def test_a_training(run, tmp_path):
+  run(tmp_path / "one", "train,smoke", 1)
+  run(tmp_path / "two", "train,smoke", 2)
   ours, theirs = metrics(tmp_path / "one"), metrics(tmp_path / "two")
   assert ours.keys() == theirs.keys()
   for key, value in ours.items():
@@ -95,8 +61,8 @@ def test_a_training(cache, tmp_path):
   chex.assert_trees_all_close(one[1], two[1], atol=2e-4, rtol=0)
 
 
-def test_a_comparison(cache, tmp_path):
-  run(tmp_path, cache, "smoke", 2)
+def test_a_comparison(run, tmp_path):
+  run(tmp_path, "smoke", 2)
   result = Result.load(tmp_path / "runs/udim/clean/seed0")
   assert len(result.landscape["gap_target"]) == 4
   assert "| udim |" in (tmp_path / "report.md").read_text()
