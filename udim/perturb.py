@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from common.errors import UserError
 
 PyTree = Any
-_TINY = 1e-12  # below it a gradient counts as none
 _FLAT = 1e-6  # below it a channel's standard deviation does
 
 
@@ -99,9 +98,12 @@ def _direction(data_grad: jax.Array, normalise: str) -> jax.Array:
   if normalise == "sign":
     return jnp.sign(data_grad)
   axes = (0,) if normalise == "batch" else tuple(range(1, data_grad.ndim))
-  squares = jnp.sum(jnp.square(data_grad), axis=axes, keepdims=True)
-  # A maximum, not a sum: the length is rho_x to the last digit.
-  return data_grad / jnp.maximum(jnp.sqrt(squares), _TINY)
+  # By the largest entry first: a confident image's gradient is below 1e-12, and
+  # its squares would be 0.
+  largest = jnp.max(jnp.abs(data_grad), axis=axes, keepdims=True)
+  scaled = data_grad / jnp.where(largest == 0, 1, largest)
+  squares = jnp.sum(jnp.square(scaled), axis=axes, keepdims=True)
+  return scaled / jnp.sqrt(jnp.maximum(squares, 1))
 
 
 def _move_style(

@@ -121,6 +121,13 @@ def _head(folder: Any, config: Any, table: Comparison) -> str:
     "at first, the same batches and the same splits. A seed moves everything "
     "that is random, the data's corruptions too."
   )
+  if not config.search.tuning_seeds and not config.search.chosen:
+    intro += (
+      " Nothing was tuned for this page: settings are the configuration's, or "
+      "each run chose among its own draws; those of the digits were known to "
+      "do well on them, so the page shows that all works, not which method is "
+      "better."
+    )
   head = f"# Comparison: {config.data.source.kind}"
   return "\n\n".join([head, intro, markdown_table(("", ""), rows)])
 

@@ -181,6 +181,18 @@ def test_a_batch_of_one_normalised_over_the_batch_moves_by_sign():
   np.testing.assert_allclose(*found, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
+def test_the_size_of_the_gradient_does_not_matter(normalise, scale):
+  """A mean over n has gradients of 1 / n, and a confident image's vanish."""
+  images, gradient = images_and_gradient()
+  found, expected = (
+    perturb_images(images, g, rho_x=1.0, normalise=normalise)
+    for g in (gradient * scale, gradient)
+  )
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("perturbation", ["pixel", "style"])
 @pytest.mark.parametrize("normalise", NORMALISE)
 def test_a_zero_gradient_moves_nothing(perturbation, normalise):
