@@ -236,7 +236,7 @@ def make_candidates(batch_size: int) -> dict[str, Candidate]:
     "fisher_sam": of_family(optim.fisher_sam(base), 2.02),
     "gsam": of_family(optim.gsam(base), 2.02),
     "sagm": of_family(optim.sagm(base), 2.02),
-    "esam": choosing_esam(base, 2.02),
+    "esam": choosing_esam(base, 1.86),
     "esam, all": of_family(optim.esam(base), 2.02),
     "gam": of_family(optim.gam(base), 4.05),
     "look_sam": of_family(optim.look_sam(base, k=PERIOD), 1.22, dues=period),

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from common.errors import UserError
 from common.optim.ascent import value_at
+from common.optim.second_pass import check_period
 from udim.heads import AnyHead, Head, HeadLoss, LinearHead
 from udim.inconsistency import (
   accumulated_gradient,
@@ -51,6 +52,7 @@ class Passes:
     data_grad_fn: `(params, eps) -> data_grad`, for a `data_grad` that is not
       "fast".
     aux: `metrics` and `batch_stats` of the first pass.
+    cfg: the settings that all of them follow.
   """
 
   grads: PyTree
@@ -58,15 +60,17 @@ class Passes:
   inconsistency_grad_fn: Callable[[PyTree, jax.Array], tuple[PyTree, Metrics]]
   data_grad_fn: Callable[[PyTree, PyTree], jax.Array]
   aux: dict[str, PyTree]
+  cfg: UdimConfig
 
   @property
-  def fns(self) -> dict[str, Callable]:
+  def fns(self) -> dict[str, Any]:
     """The keywords of `udim(...).update`."""
     return {
       "value": self.aux["metrics"]["loss"],
       "grad_fn": self.second_pass,
       "inconsistency_grad_fn": self.inconsistency_grad_fn,
       "data_grad_fn": self.data_grad_fn,
+      "cfg": self.cfg,
     }
 
 
@@ -116,11 +120,13 @@ def udim_passes(
     step: int, the number of updates done, for schedules.
 
   Raises:
-    UserError: for `chunk` or label smoothing that would do nothing; from the
-      call, for a batch or a head of other shapes, and for numbers of images
-      that do not divide.
+    UserError: for `accum` below 1, `chunk` or label smoothing that would do
+      nothing; from the call, for an `apply_fn` that returns something else, for
+      a batch or a head of other shapes, and for numbers of images that do not
+      divide.
   """
   cfg = cfg.resolved()
+  check_period(accum=accum)
   head = _make_head(head_path, cfg, head_loss, chunk)
 
   def passes_of(
@@ -222,7 +228,14 @@ class _Model:
     """`features, logits, batch_stats`."""
     variables = {"params": params, "batch_stats": self.batch_stats}
     rngs = {} if key is None else {"dropout": key}
-    return self.apply_fn(variables, images, train=True, rngs=rngs)
+    found = self.apply_fn(variables, images, train=True, rngs=rngs)
+    if not isinstance(found, tuple) or len(found) != 3:
+      raise UserError(
+        "udim: apply_fn must return (features, logits, batch_stats), {} for a "
+        f"model without statistics; it returned a {type(found).__name__}"
+        + (f" of {len(found)}" if isinstance(found, tuple) else "")
+      )
+    return found
 
   def losses(self, params, images, labels, key):
     """`(features, losses [b]), batch_stats`."""
@@ -362,7 +375,7 @@ def _whole(model: _Model, params, images, labels, keys: Keys) -> Passes:
     return term, metrics | {"perturbation_rms": rms}
 
   aux = {"metrics": {"loss": loss}, "batch_stats": stats}
-  return Passes(grads, second_pass, term_fn, data_grad_fn, aux)
+  return Passes(grads, second_pass, term_fn, data_grad_fn, aux, model.cfg)
 
 
 def _kept_term(model: _Model, params, kept, perturbed, labels, keys: Keys):
@@ -460,7 +473,7 @@ def _accumulated(
   data_grad_fn = functools.partial(
     slow_data_grad, model.cfg.data_grad, data_grad_at
   )
-  return Passes(grads, second_pass, term_fn, data_grad_fn, aux)
+  return Passes(grads, second_pass, term_fn, data_grad_fn, aux, model.cfg)
 
 
 def _deal(x: jax.Array, *, domains: int, accum: int) -> jax.Array:

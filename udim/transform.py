@@ -7,9 +7,9 @@ A step has up to four gradients:
     3, 4  T = grad of the inconsistency at theta, through the perturbed half
           and through the source half, whose forward pass is that of 1
 
-and gives G + lambda1 * T to the base optimizer. Any other ascent and any way to
-combine g and G do as well. FLOPs in units of one gradient, of which a forward
-pass is a third:
+and gives G + lambda1 * T to the base optimizer. Any other member of the SAM
+family can take SAM's place, GAM with its four gradients too. FLOPs in units of
+one gradient, of which a forward pass is a third:
 
     a step of SAM, or one without the term             2
     "fast" and "plain"; a dropout mask a pass          3.7;  4
@@ -33,6 +33,7 @@ where `step` hands `due` on to `update`, or to the function of `udim_grads`.
 arXiv 2403.07329; the authors' `iada/iada_final.py`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,12 +48,12 @@ from common.optim.ascent import (
   add_scaled,
   climb,
   make_ascent,
-  sam_ascent,
   scaled,
   state_after,
   value_at,
 )
-from common.optim.second_pass import Combine, check_due, second_gradient
+from common.optim.second_pass import check_due, is_like, sharpness_aware
+from common.optim.sharpness import sam
 from udim.heads import HeadLoss
 from udim.passes import (
   ApplyFn,
@@ -83,21 +84,20 @@ class UdimState(NamedTuple):
       given) and `grad_norm` of the first gradient; `sam_loss` at the perturbed
       parameters; `active`, 1 if it had the term and 0 if not; and of the term
       (0 without) `term_grad_norm`, `pen`, `gn` and `perturbation_rms`.
-    ascent_state: the ascent's.
+    member_state: that of the member of the SAM family.
   """
 
   count: jax.Array
   base_state: optax.OptState
   metrics: Metrics
-  ascent_state: PyTree
+  member_state: PyTree
 
 
 def udim(
   base: optax.GradientTransformation,
   cfg: UdimConfig,
   *,
-  ascent: optax.GradientTransformation | None = None,
-  combine: Combine = second_gradient,
+  member: optax.GradientTransformationExtraArgs | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """SAM plus `lambda1` times the inconsistency, before any base optimizer.
 
@@ -125,6 +125,8 @@ def udim(
       least the scalars `pen`, `gn` and `perturbation_rms`.
     data_grad_fn: optional, `(params, eps) -> data_grad`, for `cfg.data_grad`
       "exact" or "plain". Without it `grad_fn` is evaluated for these.
+    cfg: optional, the settings that the functions follow; refused if they are
+      others than the transform's.
     value: optional, the loss at `params`; for the metrics, and for a base
       optimizer that wants it.
     due: optional bool, static: whether this step has the term, in place of
@@ -135,32 +137,33 @@ def udim(
     base: the optimizer.
     cfg: the settings. What concerns images, losses and heads is up to
       `inconsistency_grad_fn`.
-    ascent: gives eps in place of SAM's, and `cfg.rho` is then not used; one of
-      `common.optim`, or any.
-    combine: `(g, G, count) -> gradient`, to which the term is added. With the
-      ascent and the combination of another member of the SAM family it is
-      that member plus the term, for example
+    member: what takes SAM's place, of `common.optim` around
+      `optax.identity()`; the term is added to what it makes:
 
-          udim(base, cfg, ascent=sagm_ascent(), combine=sagm_combine())
-          udim(base, cfg, combine=gsam_combine(0.2))
+          udim(base, cfg, member=gam(optax.identity()))
+
+      The data ascends at the first point where it takes a gradient. It does
+      its whole work in every step: a period of its own is not used. `cfg.rho`
+      is then no more than the radius of `mode` "perturbed_sam".
 
   Returns:
     The transform. Inside `optax.MultiSteps` only the first gradient would
     accumulate: give `udim_passes` its `accum` instead.
 
   Raises:
-    UserError: for an `ascent` beside `reference_quirks`; from `update`,
-      without parameters, functions or those metrics, and for a `due` that is
-      not known when the program is traced.
+    UserError: for a `member` beside `reference_quirks`; from `update`,
+      without parameters, functions or those metrics, for a `grad_fn` that
+      gives something else, for functions of other settings, and for a `due`
+      that is not known when the program is traced.
   """
-  cfg = cfg.resolved()
-  ascent = _choose_ascent(cfg, ascent)
+  own_cfg = cfg.resolved()
+  member = _choose_member(own_cfg, member)
   base = optax.with_extra_args_support(base)
 
   def init(params: PyTree) -> UdimState:
     metrics = {name: jnp.zeros(()) for name in STATE_METRICS}
     count = jnp.zeros((), jnp.int32)
-    return UdimState(count, base.init(params), metrics, ascent.init(params))
+    return UdimState(count, base.init(params), metrics, member.init(params))
 
   def update(
     updates,
@@ -170,6 +173,7 @@ def udim(
     grad_fn=None,
     inconsistency_grad_fn=None,
     data_grad_fn=None,
+    cfg=None,
     due=None,
     **extra,
   ):
@@ -178,24 +182,23 @@ def udim(
         "udim: update needs params, grad_fn and inconsistency_grad_fn: pass "
         "them, such as those of `udim_passes`"
       )
+    if cfg is not None and cfg != own_cfg:
+      raise UserError(
+        f"udim: update's functions follow other settings than the transform, "
+        f"{_difference(cfg, own_cfg)}: give both the same UdimConfig"
+      )
     if data_grad_fn is None:
       data_grad_fn = functools.partial(
-        slow_data_grad, cfg.data_grad, lambda params: grad_fn(params)[1]
+        slow_data_grad, own_cfg.data_grad, lambda params: grad_fn(params)[1]
       )
-
-    def second_pass(ascended):
-      grads, data_grad, *metrics = grad_fn(ascended)
-      return grads, data_grad, metrics[0] if metrics else {}
-
-    eps, ascent_state = ascent.update(updates, state.ascent_state, params)
-    total, metrics = _combine(
-      cfg,
+    total, member_state, metrics = _combine(
+      own_cfg,
       state.count,
       updates,
       params,
-      eps,
-      combine=combine,
-      second_pass=second_pass,
+      member=member,
+      member_state=state.member_state,
+      second_pass=functools.partial(_second_pass, grad_fn, params),
       term_fn=inconsistency_grad_fn,
       data_grad_fn=data_grad_fn,
       due=due,
@@ -203,9 +206,35 @@ def udim(
     metrics = _for_state(metrics, state.metrics, value=extra.get("value"))
     updates, base_state = base.update(total, state.base_state, params, **extra)
     count = jnp.asarray(optax.safe_increment(state.count))
-    return updates, UdimState(count, base_state, metrics, ascent_state)
+    return updates, UdimState(count, base_state, metrics, member_state)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _difference(first: UdimConfig, second: UdimConfig) -> str:
+  """The first setting that differs, and both values."""
+  for field in dataclasses.fields(UdimConfig):
+    one, other = (getattr(cfg, field.name) for cfg in (first, second))
+    if one != other:
+      return f"{field.name}={one!r} and {other!r}"
+  return "none"
+
+
+def _second_pass(
+  grad_fn: Callable[[PyTree], Any], like: PyTree, params: PyTree
+) -> tuple[PyTree, jax.Array, Metrics]:
+  """`grads, data_grad, metrics` of what `grad_fn` gives."""
+  found = grad_fn(params)
+  holds = isinstance(found, tuple) and len(found) in (2, 3)
+  if not holds or not is_like(found[0], like) or not hasattr(found[1], "shape"):
+    shown = str(jax.tree.map(jnp.shape, found))
+    raise UserError(
+      "udim: grad_fn must return (grads, data_grad), or these and metrics, of "
+      "one backward pass (jax.grad over argnums=(0, 1)); it returned "
+      f"{shown if len(shown) <= 80 else shown[:77] + '...'}"
+    )
+  grads, data_grad, *metrics = found
+  return grads, data_grad, metrics[0] if metrics else {}
 
 
 def _for_state(
@@ -230,8 +259,7 @@ def udim_grads(
   accum: int = 1,
   head_loss: HeadLoss | None = None,
   chunk: int | None = None,
-  ascent: optax.GradientTransformation | None = None,
-  combine: Combine = second_gradient,
+  member: optax.GradientTransformationExtraArgs | None = None,
 ) -> Callable[..., tuple[PyTree, dict[str, PyTree]]]:
   """UDIM's gradients, for any optimizer and any loop.
 
@@ -242,9 +270,8 @@ def udim_grads(
     accum: micro-batches, see `udim_passes`.
     head_loss: of a head that is not linear, see `udim_passes`.
     chunk: with `head_loss`, see `udim_passes`.
-    ascent: as for `udim`; its state must be no more than the number of updates
+    member: as for `udim`; its state must be no more than the number of updates
       done, which is `step`.
-    combine: as for `udim`.
 
   Returns:
     `(params, batch, rng, step, *, batch_stats={}, due=None) -> (grads, aux)`,
@@ -258,12 +285,12 @@ def udim_grads(
       other pass writes.
 
   Raises:
-    UserError: for an `ascent` beside `reference_quirks`; from the call, for a
-      batch or a head of other shapes, an `ascent` that remembers more, and a
+    UserError: for a `member` beside `reference_quirks`; from the call, for a
+      batch or a head of other shapes, a `member` that remembers more, and a
       `due` that is not known when the program is traced.
   """
   cfg = cfg.resolved()
-  ascent = _choose_ascent(cfg, ascent)
+  member = _choose_member(cfg, member)
   passes_of = udim_passes(
     apply_fn, head_path, cfg, accum=accum, head_loss=head_loss, chunk=chunk
   )
@@ -278,15 +305,13 @@ def udim_grads(
     due: bool | None = None,
   ) -> tuple[PyTree, dict[str, PyTree]]:
     passes = passes_of(params, batch, rng, step, batch_stats=batch_stats)
-    ascent_state = state_after(ascent, params, step)
-    eps, _ = ascent.update(passes.grads, ascent_state, params)
-    grads, metrics = _combine(
+    grads, _, metrics = _combine(
       cfg,
       jnp.asarray(step),
       passes.grads,
       params,
-      eps,
-      combine=combine,
+      member=member,
+      member_state=state_after(member, params, step),
       second_pass=passes.second_pass,
       term_fn=passes.inconsistency_grad_fn,
       data_grad_fn=passes.data_grad_fn,
@@ -297,23 +322,24 @@ def udim_grads(
   return grads_of
 
 
-def _choose_ascent(
-  cfg: UdimConfig, ascent: optax.GradientTransformation | None
-) -> optax.GradientTransformation:
-  if ascent is not None and cfg.reference_quirks:
+def _choose_member(
+  cfg: UdimConfig, member: optax.GradientTransformationExtraArgs | None
+) -> optax.GradientTransformationExtraArgs:
+  """A member of the SAM family that gives its gradient as it is."""
+  if member is not None and cfg.reference_quirks:
     raise UserError(
-      "udim: reference_quirks=True is about SAM's ascent: leave ascent=None"
+      "udim: reference_quirks=True is about SAM's ascent: leave member=None"
     )
-  if ascent is not None:
-    return ascent
+  if member is not None:
+    return member
   if not cfg.reference_quirks:
-    return sam_ascent(cfg.rho)
+    return sam(optax.identity(), cfg.rho)
 
   def direction(grads, params, rho):  # no 1e-12: NaN for a zero gradient
     del params
     return scaled(grads, rho / tree.global_norm(grads))
 
-  return make_ascent(direction, rho=cfg.rho)
+  return sharpness_aware(optax.identity(), make_ascent(direction, rho=cfg.rho))
 
 
 def _combine(
@@ -321,24 +347,37 @@ def _combine(
   step: jax.Array,
   grads: PyTree,
   params: PyTree,
-  eps: PyTree,
   *,
-  combine: Combine,
+  member: optax.GradientTransformationExtraArgs,
+  member_state: PyTree,
   second_pass: Callable[[PyTree], tuple[PyTree, jax.Array, Metrics]],
   term_fn: TermFn,
   data_grad_fn: DataGradFn,
   due: bool | None,
-) -> tuple[PyTree, Metrics]:
-  """What `combine` makes of g and G, plus lambda1 every T where it is due,
-  with the metrics of either.
+) -> tuple[PyTree, PyTree, Metrics]:
+  """What the member makes of its gradients, plus lambda1 every T where it is
+  due; its next state; and the metrics of either.
   """
   check_due(due)
-  ascended = optax.apply_updates(params, eps)
   weight = value_at(cfg.lambda1, step) * cfg.every
 
+  def of_member():
+    seen = []
+
+    def grad_fn(point):
+      grads, data_grad, metrics = second_pass(point)
+      seen.append((point, data_grad, metrics))
+      return grads
+
+    out, state = member.update(
+      grads, member_state, params, grad_fn=grad_fn, due=True
+    )
+    return out, state, *seen[0]
+
   def with_term():
-    perturbed_grads, data_grad, metrics = second_pass(ascended)
+    out, state, ascended, data_grad, metrics = of_member()
     if cfg.data_grad != "fast":
+      eps = jax.tree.map(jnp.subtract, ascended, params)
       data_grad = data_grad_fn(params, eps)
     term, term_metrics = term_fn(params, data_grad)
     if cfg.mode == "perturbed_sam":
@@ -346,22 +385,23 @@ def _combine(
       term, _ = term_fn(optax.apply_updates(params, uphill), data_grad)
     norm = tree.global_norm(term)
     own = {"term_grad_norm": norm, "active": jnp.ones_like(norm)}
-    total = add_scaled(combine(grads, perturbed_grads, step), weight, term)
-    return total, metrics | term_metrics | own
+    total = add_scaled(out, weight, term)
+    return total, state, metrics | term_metrics | own
 
   def without_term():
-    # The second pass is in both branches so that this one has no grad_x.
-    perturbed_grads, _, metrics = second_pass(ascended)
-    _, shapes = jax.eval_shape(with_term)
+    # The member is in both branches so that this one has no grad_x.
+    out, state, _, _, metrics = of_member()
+    shapes = jax.eval_shape(with_term)[-1]
     zeros = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-    return combine(grads, perturbed_grads, step), zeros | metrics
+    return out, state, zeros | metrics
 
   active = _is_active(cfg, step, weight, due)
   if isinstance(active, bool):
-    total, metrics = with_term() if active else without_term()
+    total, state, metrics = with_term() if active else without_term()
   else:
-    total, metrics = jax.lax.cond(active, with_term, without_term)
-  return total, metrics | {"grad_norm": tree.global_norm(grads)}
+    total, state, metrics = jax.lax.cond(active, with_term, without_term)
+  norm = tree.global_norm(grads)
+  return total, state, metrics | {"grad_norm": norm}
 
 
 def _is_active(

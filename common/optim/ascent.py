@@ -21,11 +21,13 @@ has the dtype of the gradient.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from common.errors import UserError
@@ -288,9 +290,11 @@ def check_settings(*, upto: float = math.inf, **settings: Setting) -> None:
     UserError: names the setting and its value.
   """
   for name, value in settings.items():
-    if is_known(value) and not (0 <= value <= upto and value < math.inf):
+    if is_known(value) and not (
+      is_number(value) and 0 <= value <= upto and value < math.inf
+    ):
       bound = "" if upto == math.inf else f" to {upto:g}"
-      raise UserError(f"{name}={value} must be a number from 0{bound}")
+      raise UserError(f"{name}={value!r} must be a number from 0{bound}")
 
 
 def check_fractions(**settings: Setting) -> None:
@@ -300,8 +304,13 @@ def check_fractions(**settings: Setting) -> None:
     UserError: names the setting and its value.
   """
   for name, value in settings.items():
-    if is_known(value) and not 0 < value <= 1:
-      raise UserError(f"{name}={value} must be above 0 and at most 1")
+    if is_known(value) and not (is_number(value) and 0 < value <= 1):
+      raise UserError(f"{name}={value!r} must be above 0 and at most 1")
+
+
+def is_number(value: Any) -> bool:
+  """Whether it can be compared with one: of Python, NumPy or JAX."""
+  return isinstance(value, numbers.Real | jax.Array | np.ndarray)
 
 
 def is_known(setting: Setting) -> TypeGuard[float]:

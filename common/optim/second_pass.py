@@ -66,6 +66,7 @@ from common.optim.ascent import (
   add_scaled,
   check_settings,
   is_known,
+  is_number,
   next_count,
   reject,
   scaled,
@@ -317,7 +318,14 @@ def zero_outside(mask: Mask, tree: PyTree) -> PyTree:
   def part(keep: bool, subtree: PyTree) -> PyTree:
     return subtree if keep else jax.tree.map(jnp.zeros_like, subtree)
 
-  return jax.tree.map(part, mask(tree) if callable(mask) else mask, tree)
+  found = mask(tree) if callable(mask) else mask
+  try:
+    return jax.tree.map(part, found, tree)
+  except ValueError:
+    raise UserError(
+      f"mask of {_shapes(found)} does not fit parameters of {_shapes(tree)}: "
+      "give a tree of bools like theirs, or a prefix"
+    ) from None
 
 
 def averager(axis_name: Any) -> Callable[[PyTree], PyTree]:
@@ -334,8 +342,10 @@ def check_period(**settings: Setting) -> None:
     UserError: names the setting and its value.
   """
   for name, value in settings.items():
-    if is_known(value) and (value < 1 or value != int(value)):
-      raise UserError(f"{name}={value} must be a whole number from 1")
+    if is_known(value) and (
+      not is_number(value) or value < 1 or value != int(value)
+    ):
+      raise UserError(f"{name}={value!r} must be a whole number from 1")
 
 
 def check_due(due: Any) -> None:
@@ -370,7 +380,7 @@ def _probe(
     found = jax.tree.map(lambda x, like: x.astype(like.dtype), found, grads)
     if aux_like is None:
       return found, ()
-    if not has_aux or not _is_like(aux, aux_like):
+    if not has_aux or not is_like(aux, aux_like):
       shown = _shapes(aux) if has_aux else "none"
       raise UserError(
         f"grad_fn's aux must be like aux_like, {_shapes(aux_like)}; got {shown}"
@@ -383,12 +393,12 @@ def _probe(
 
 def _parts(result: Any, params: PyTree) -> tuple[PyTree, PyTree, bool]:
   """`(grads, aux, whether there is aux)` of what a `grad_fn` returned."""
-  if _is_like(result, params):
+  if is_like(result, params):
     return result, (), False
   if isinstance(result, tuple) and len(result) == 2:
-    if _is_like(result[0], params):
+    if is_like(result[0], params):
       return result[0], result[1], True
-    if _is_like(result[1], params):
+    if is_like(result[1], params):
       raise UserError(
         "grad_fn returned (value, grads); it must return grads or (grads, "
         "aux): use jax.grad, with has_aux=True for aux"
@@ -399,7 +409,8 @@ def _parts(result: Any, params: PyTree) -> tuple[PyTree, PyTree, bool]:
   )
 
 
-def _is_like(tree: PyTree, other: PyTree) -> bool:
+def is_like(tree: PyTree, other: PyTree) -> bool:
+  """Whether two trees have the same structure and shapes."""
   return jax.tree.structure(tree) == jax.tree.structure(other) and all(
     jnp.shape(x) == y.shape
     for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other))

@@ -5,7 +5,7 @@ how they behave in chains, under `optax.MultiSteps` and in masks, and what the
 options `every`, `mask`, `axis_name` and `aux_like` and `update`'s `due` do.
 Notation: w weights, g = grad L(w), e the perturbation, g_p = grad L(w + e),
 ||.|| the norm over all parameters, t = 1e-12. Every hyper-parameter is a number
-or a schedule of the number of updates done.
+or a schedule of the number of updates done, but those that decide shapes.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from common.optim.ascent import (
   check_settings,
   climb,
   fisher_ascent,
+  is_known,
   random_part,
   reject,
   sagm_ascent,
@@ -462,6 +463,8 @@ def esam(
     Neural Networks, algorithm 1, arXiv 2110.03141
   """
   check_fractions(weight_fraction=weight_fraction, data_fraction=data_fraction)
+  if not is_known(data_fraction):
+    raise UserError("data_fraction must be a number: it decides shapes")
   inner = sharpness_aware(
     base,
     optax.chain(sam_ascent(rho), random_part(weight_fraction, seed)),

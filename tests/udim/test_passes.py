@@ -120,6 +120,12 @@ def norm(tree):
   return np.linalg.norm(np.concatenate(leaves))
 
 
+def test_the_fixture_under_sam():
+  with X64(True):
+    grads, _ = run(*fixture(), lambda1=0.0)
+  assert norm(grads) == pytest.approx(0.2545966110, abs=6e-11)
+
+
 @pytest.mark.parametrize(("settings", "metrics", "total"), ROWS)
 def test_the_fixture(settings, metrics, total):
   with X64(True):
@@ -477,6 +483,10 @@ BAD = [
   ({"image": (1, 6, 5), "label": (1, 6)}, "top/head", 1, ["'top/head'"]),
   ({"image": (1, 6, 5), "label": (1, 6)}, "hidden", 1, ["'hidden'", "kernel"]),
   ({"image": (1, 6, 5), "label": (1, 6)}, "head", 4, ["accum=4", "6 images"]),
+  *(
+    ({"image": (1, 6, 5), "label": (1, 6)}, "head", bad, [f"accum={bad}"])
+    for bad in (0, -1, 1.5)
+  ),
 ]
 
 
@@ -486,11 +496,23 @@ def test_mistakes_are_one_line(shapes, head, accum, words):
     "image": jnp.zeros(shapes["image"]),
     "label": jnp.zeros(shapes["label"], jnp.int32),
   }
-  grads_of = udim_grads(apply_fn, head, UdimConfig(), accum=accum)
-  with pytest.raises(UserError) as error:
+
+  def call():
+    grads_of = udim_grads(apply_fn, head, UdimConfig(), accum=accum)
     jax.eval_shape(grads_of, fixture()[0], batch, None, 0)
+
+  with pytest.raises(UserError) as error:
+    call()
   assert all(word in str(error.value) for word in words)
   assert "\n" not in str(error.value)
+
+
+def test_a_model_without_statistics_says_so():
+  def pair(variables, images, *, train, rngs):
+    return apply_fn(variables, images, train=train, rngs=rngs)[:2]
+
+  with pytest.raises(UserError, match=r"\{\} for a model .* a tuple of 2"):
+    udim_grads(pair, "head", UdimConfig())(*fixture(), None, 0)
 
 
 def test_integer_images_are_refused():

@@ -366,6 +366,25 @@ def test_mistakes_are_one_line():
     ((), {"grad_fn": grad_fn, "inconsistency_grad_fn": term}, "params"),
     ((params,), {"grad_fn": grad_fn}, "inconsistency_grad_fn"),
     ((params,), {"inconsistency_grad_fn": term}, "grad_fn"),
+    # Gradients alone, a value before them, and arrays that unpack like pairs.
+    *(
+      ((params,), {"grad_fn": bad, "inconsistency_grad_fn": term}, "returned")
+      for bad in (
+        lambda params: params,
+        lambda params: (jnp.zeros(()), params),
+        lambda params: jnp.zeros((2, 3)),
+        lambda params: (params, "loss"),
+      )
+    ),
+    (
+      (params,),
+      {
+        "grad_fn": grad_fn,
+        "inconsistency_grad_fn": term,
+        "cfg": UdimConfig(data_grad="exact"),
+      },
+      "data_grad='exact' and 'fast'",
+    ),
     (
       (params,),
       {"grad_fn": grad_fn, "inconsistency_grad_fn": term},

@@ -11,7 +11,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from common.checkpoint import Checkpointer
-from common.errors import UserError
 from common.optim import (
   asam,
   esam,
@@ -116,10 +115,11 @@ def make(name, base=None, **changed):
 
 
 def network(dtype=np.float32, batch=6, sizes=(3, 5, 4)):
-  """Parameters, and a function from them to each sample's loss."""
+  """Parameters, and a function from them to the losses of (chosen)
+  samples."""
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(batch, sizes[0])).astype(dtype)
-  y = rng.normal(size=(batch, sizes[2])).astype(dtype)
+  x = jnp.asarray(rng.normal(size=(batch, sizes[0])), dtype)
+  y = jnp.asarray(rng.normal(size=(batch, sizes[2])), dtype)
   params = {
     "hidden": {
       "kernel": rng.normal(size=sizes[:2]).astype(dtype),
@@ -128,11 +128,11 @@ def network(dtype=np.float32, batch=6, sizes=(3, 5, 4)):
     "head": {"kernel": rng.normal(size=sizes[1:]).astype(dtype)},
   }
 
-  def losses(params):
+  def losses(params, chosen=slice(None)):
     h = jnp.tanh(
-      x @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
+      x[chosen] @ params["hidden"]["kernel"] + params["hidden"]["bias"][None]
     )
-    return jnp.mean((h @ params["head"]["kernel"] - y) ** 2, axis=1)
+    return jnp.mean((h @ params["head"]["kernel"] - y[chosen]) ** 2, axis=1)
 
   return jax.tree.map(jnp.asarray, params), losses
 
@@ -455,6 +455,22 @@ def test_compiled_flops(name, count, gradients, flops_of_adam):
   assert total < gradients * flops_of_adam
 
 
+def test_esam_that_chooses_leaves_out_a_part_of_a_backward_pass(flops_of_adam):
+  """One gradient, a forward pass (0.43 here), and a gradient of a quarter."""
+  params, losses = network(batch=2048, sizes=(64, 128, 32))
+  tx = esam(optax.adam(0.1), data_fraction=0.25)
+
+  def step(params, state):
+    updates, state = tx.update(
+      gradient(losses)(params), state, params, losses_fn=losses,
+      grad_fn=lambda p, chosen: gradient(lambda p: losses(p, chosen))(p),
+    )  # fmt: skip
+    return optax.apply_updates(params, updates), state
+
+  compiled = jax.jit(step).lower(params, tx.init(params)).compile()
+  assert compiled.cost_analysis()["flops"] < 1.72 * flops_of_adam
+
+
 @pytest.fixture(scope="module")
 def flops_of_adam():
   return flops(optax.with_extra_args_support(optax.adam(0.1)))
@@ -464,32 +480,3 @@ def test_the_example_in_the_docstring_runs():
   runner = doctest.DocTestRunner()
   [example] = doctest.DocTestFinder(recurse=False).find(sharpness.sam, "sam")
   assert runner.run(example) == (0, len(example.examples))
-
-
-@pytest.mark.parametrize(
-  ("call", "message"),
-  [
-    (lambda: sam(optax.sgd(1), -1), "rho=-1 must be a number from 0"),
-    (lambda: gsam(optax.sgd(1), alpha=-1), "alpha=-1 must be"),
-    (lambda: gam(optax.sgd(1), rho_prime=-1), "rho_prime=-1 must be"),
-    (lambda: gam(optax.sgd(1), beta1=1.5), "beta1=1.5 must be .* from 0 to 1"),
-    (lambda: look_sam(optax.sgd(1), k=0), "k=0 must be a whole number from 1"),
-    (lambda: look_sam(optax.sgd(1), k=1.5), "k=1.5 must be a whole number"),
-    (lambda: look_sam(optax.sgd(1), alpha=-1), "alpha=-1 must be"),
-    (lambda: esam(optax.sgd(1), 0.1, 0.0), "weight_fraction=0.0 must be above"),
-    (lambda: esam(optax.sgd(1), 0.1, 0.5, 1.1), "data_fraction=1.1 must be"),
-    (
-      lambda: esam(optax.identity()).update(
-        jnp.ones(2),
-        esam(optax.identity()).init(jnp.ones(2)),
-        jnp.ones(2),
-        grad_fn=lambda p, chosen: p,
-        losses_fn=jnp.sum,
-      ),
-      r"losses_fn must return \[B\], not shape \(\)",
-    ),
-  ],
-)
-def test_what_makes_no_sense_is_refused(call, message):
-  with pytest.raises(UserError, match=message):
-    call()
