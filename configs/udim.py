@@ -11,11 +11,12 @@ Variants, to be combined with commas (`configs/udim.py:digits_c,smoke`):
   digits_color  digits whose colour betrays the label
   cifar10c    CIFAR-10 to train on, CIFAR-10-C to test, WideResNet-28-2
   pacs, vlcs, officehome, terraincognita, domainnet
-              DomainBed's folders, ResNet-50, the authors' settings
+              DomainBed's folders, ResNet-50, published settings
   single_source
               each domain in turn trains, all others test
 
-The last three lines train one run; `python -m udim.compare` makes the table.
+From `cifar10c` on a variant trains one run; `python -m udim.compare` makes the
+table.
 """
 
 from ml_collections import ConfigDict
@@ -355,8 +356,9 @@ def cifar10c(config: ConfigDict) -> None:
 
 
 def _domainbed(name: str, *, lr: float, alpha: float, decay: float = 1e-4):
-  """DomainBed's folders under the settings of the authors' scripts; learning
-  rate, decay and SAGM's alpha as in the SAGM authors' README.
+  """DomainBed's folders with a ResNet-50: learning rate, decay, dropout and
+  SAGM's alpha as in the SAGM authors' README; UDIM's settings as in its
+  authors' scripts, which are for PACS and a ResNet-18.
   """
 
   def variant(config: ConfigDict) -> None:
@@ -381,13 +383,49 @@ def _domainbed(name: str, *, lr: float, alpha: float, decay: float = 1e-4):
     config.methods.udim.lambda1 = 1.0
     config.methods.irm.anneal_steps = 500
     config.methods.fishr.anneal_steps = 1500
-    config.evaluation.update({"every": 200, "batch_size": 128})
+    config.evaluation.update({"every": 100, "batch_size": 128})
     config.checkpoint.update({"every": 200, "keep": 1})
     config.compare.algorithms = _ALL + ",coral,groupdro,fishr"
     config.compare.references = "erm,sam,perturbed_loss"
     config.compare.landscape = False
+    _domainbed_variants(config.compare.variants)
+    _domainbed_search(config.search)
 
   return variant
+
+
+def _domainbed_variants(variants: ConfigDict) -> None:
+  """What depends on the size of images and their normalisation."""
+  # The length of a move of means and deviations, not of pixels.
+  variants.udim_style = (*variants.udim_style, "methods.udim.rho_x=1.0")
+  with variants.unlocked():
+    variants.udim_reference = (
+      "algorithm=udim", "methods.udim.reference_quirks=true",
+      "methods.udim.rho_x=10.0",
+    )  # fmt: skip
+
+
+def _domainbed_search(search: ConfigDict) -> None:
+  """DomainBed's ranges (`domainbed/hparams_registry.py`), but for the size of
+  batches, which is fixed; those of UDIM's terms are ours.
+  """
+  search.shared = (
+    ("optim.lr", "log", 1e-5, 10**-3.5),
+    ("optim.weight_decay", "log", 1e-6, 1e-2),
+    ("model.dropout", "choice", 0.0, 0.1, 0.5),
+  )
+  spaces = search.spaces
+  spaces.irm = (("weight", "log", 0.1, 1e5),)
+  spaces.fishr = (("weight", "log", 10.0, 1e4), ("ema", "uniform", 0.9, 0.99))
+  for name in ("sam", "gsam", "sagm", "gam", "look_sam", "esam"):
+    _, *others = spaces[name]
+    spaces[name] = (("rho", "choice", 0.01, 0.02, 0.05, 0.1), *others)
+  for name in ("udim", "perturbed_loss", "perturbed_sam"):
+    *_, weight = spaces[name]
+    spaces[name] = (
+      ("rho", "choice", 0.01, 0.02, 0.05, 0.1), ("rho_x", "log", 140.0, 2240.0),
+      weight,
+    )  # fmt: skip
 
 
 def _domainnet(config: ConfigDict) -> None:

@@ -21,6 +21,8 @@ class UdimConfig:
       be an optax schedule, a function of the step.
     rho: radius of the ascent on the parameters, eps = rho g / ||g||.
     rho_x: length of the ascent on the data. 0 leaves the images as they are.
+      The authors' length l over a batch of n images ("batch") is that of
+      l sqrt(h w c / n) for each image ("sample").
     normalise: what has that length: "sample", each image's perturbation in
       L2, whatever the batch and its sharding; "batch", each pixel's over the
       whole batch, so that a perturbation depends on its batch mates; "sign",
