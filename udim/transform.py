@@ -47,6 +47,7 @@ from common.errors import UserError
 from common.optim.ascent import (
   add_scaled,
   climb,
+  is_number,
   make_ascent,
   scaled,
   state_after,
@@ -226,7 +227,7 @@ def _second_pass(
   """`grads, data_grad, metrics` of what `grad_fn` gives."""
   found = grad_fn(params)
   holds = isinstance(found, tuple) and len(found) in (2, 3)
-  if not holds or not is_like(found[0], like) or not hasattr(found[1], "shape"):
+  if not holds or not is_like(found[0], like) or not is_number(found[1]):
     shown = str(jax.tree.map(jnp.shape, found))
     raise UserError(
       "udim: grad_fn must return (grads, data_grad), or these and metrics, of "
