@@ -50,7 +50,7 @@ class TextSource:
     for place, text in self.read():
       if text.strip():
         empty = False
-        yield place, _encodable(text, place)
+        yield place, encodable(text, place)
     if empty:
       raise UserError(f"{self.name} holds no text")
 
@@ -116,15 +116,21 @@ def record_source(cfg: Any) -> Sequence[Any]:
   )
 
 
-def find_files(path: str | Sequence[str]) -> list[str]:
+def find_files(
+  path: str | Sequence[str], *, key: str = "data.source.path"
+) -> list[str]:
   """The files that a pattern, or several, name; sorted for each.
+
+  Args:
+    path: patterns.
+    key: the configuration's key that holds them, for errors.
 
   Raises:
     UserError: for a pattern that names none.
   """
   patterns = [path] if isinstance(path, str) else list(path)
   if not any(patterns):
-    raise UserError("data.source.path is empty: name a file or a pattern")
+    raise UserError(f"{key} is empty: name a file or a pattern")
   files = []
   for pattern in patterns:
     full = os.path.expanduser(pattern)
@@ -133,8 +139,7 @@ def find_files(path: str | Sequence[str]) -> list[str]:
     found = [file for file in found if os.path.isfile(file)]
     if not found:
       raise UserError(
-        f"data.source.path={pattern!r}: no such file "
-        f"(looked from {os.getcwd()})"
+        f"{key}={pattern!r}: no such file (looked from {os.getcwd()})"
       )
     files += found
   return files
@@ -175,7 +180,8 @@ def _text_key(cfg: Any) -> str:
   return key
 
 
-def _decode(data: bytes, place: str) -> str:
+def decode(data: bytes, place: str) -> str:
+  """UTF-8 as text; `UserError` with its place for what is none."""
   try:
     return data.decode()
   except UnicodeDecodeError as error:
@@ -184,7 +190,7 @@ def _decode(data: bytes, place: str) -> str:
     ) from error
 
 
-def _encodable(text: str, place: str) -> str:
+def encodable(text: str, place: str) -> str:
   """The text; JSON may spell halves of characters that no UTF-8 has."""
   try:
     text.encode()
@@ -195,31 +201,32 @@ def _encodable(text: str, place: str) -> str:
   return text
 
 
-def _text_of(data: bytes, key: str, place: str) -> str:
-  """The text under `key` of a JSON object."""
+def json_record(data: bytes, place: str) -> dict[str, Any]:
+  """A JSON object; `UserError` with its place for anything else."""
   try:
-    record = json.loads(_decode(data, place))
+    record = json.loads(decode(data, place))
   except json.JSONDecodeError as error:
     raise UserError(f"{place}: not JSON: {error}") from error
   if not isinstance(record, dict):
     raise UserError(f"{place}: not a JSON object")
-  return _value_of(record, key, place)
+  return record
 
 
-def _value_of(record: dict, key: str, place: str) -> str:
+def text_value(record: dict, key: str, place: str) -> str:
+  """The text under `key` of a record; `UserError` where there is none."""
   if key not in record:
     names = ", ".join(sorted(map(str, record))) or "none"
     raise UserError(f"{place}: no key {key!r}; its keys: {names}")
   value = record[key]
   if isinstance(value, bytes):
-    return _decode(value, place)
+    return decode(value, place)
   if not isinstance(value, str):
     raise UserError(f"{place}: {key!r} is no text but {type(value).__name__}")
   return value
 
 
 def _text_documents(file: str, separator: str) -> Documents:
-  text = _decode(_read(file), file)
+  text = decode(_read(file), file)
   if not separator:
     yield file, text
     return
@@ -240,7 +247,7 @@ def _json_lines(file: str, key: str) -> Documents:
       for i, line in enumerate(lines, 1):
         if line.strip():
           place = f"{file}:{i}"
-          yield place, _text_of(line, key, place)
+          yield place, text_value(json_record(line, place), key, place)
   except OSError as error:
     raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
@@ -258,17 +265,21 @@ def _open_array_record(files: Sequence[str]) -> Any:
   return source
 
 
-def _in_batches(source: Any) -> Iterator[Any]:
+def in_batches(source: Any) -> Iterator[Any]:
+  """The records of a source with random access, many at a time."""
   for start in range(0, len(source), _READ):
     stop = min(start + _READ, len(source))
     yield from source.__getitems__(list(range(start, stop)))
 
 
 def _array_records(file: str, key: str) -> Documents:
-  records = _in_batches(_open_array_record([file]))
+  records = in_batches(_open_array_record([file]))
   for i, data in enumerate(records):
     place = f"{file}: record {i}"
-    yield place, _text_of(data, key, place) if key else _decode(data, place)
+    if key:
+      yield place, text_value(json_record(data, place), key, place)
+    else:
+      yield place, decode(data, place)
 
 
 def _prepare_command(name: str, data_dir: str) -> str:
@@ -333,9 +344,9 @@ def _tfds_text(cfg: Any) -> TextSource:
   source = _data_source(builder, cfg.split)
 
   def read() -> Documents:
-    for i, record in enumerate(_in_batches(source)):
+    for i, record in enumerate(in_batches(source)):
       place = f"{cfg.name}[{cfg.split}]: record {i}"
-      yield place, _value_of(record, key, place)
+      yield place, text_value(record, key, place)
 
   folder = pathlib.Path(str(builder.data_dir))
   files = sorted(str(file) for file in folder.iterdir() if file.is_file())

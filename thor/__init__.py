@@ -1,0 +1,27 @@
+"""THOR: Transformers whose experts are drawn at random and taught to agree.
+
+"Taming Sparsely Activated Transformer with Stochastic Experts", Zuo et al.,
+ICLR 2022, arXiv 2110.04260. The formulas are those of the authors' code.
+"""
+
+from typing import Any
+
+_EXPORTS = {
+  "thor_loss": "thor.losses",
+  "cross_entropy_loss": "thor.losses",
+  "symmetric_kl": "thor.losses",
+  "smoothed_cross_entropy": "thor.losses",
+}
+__all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _EXPORTS:
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_EXPORTS])
