@@ -29,7 +29,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ _FORMS = (
   ("{}, {}: {}", "name", "relative", "measures"),
 )
 # Shortest and longest lists: of names, of names in test_long, of measures.
-_SHORT, _LONG, _MEASURES = (1, 4), (5, 8), (1, 3)
+_SHORT, _LONG, _MEASURES = (1, 3), (4, 6), (1, 2)
 # Fewer names make no kind.
 _FEWEST = 10
 # Draws for one sentence before the settings are to blame.
@@ -133,25 +133,14 @@ def composed_text(cfg: Any) -> ParallelText:
   if not any(names.held_out.values()):
     del sizes["test_names"]
   composer = _Composer(("en", *languages), names.held_out)
-  pools, splits = names.known, {}
-  for split, size in sizes.items():
-    sentences = _Sentences(
-      np_rng(cfg.get("seed", 0), f"cldr/{split}"),
-      pools,
-      names.held_out if split == "test_names" else None,
-      _LONG if split == "test_long" else _SHORT,
-    )
-    rows, used = composer.rows(sentences, size)
-    splits[split] = Pairs.of(
+  splits = {
+    split: Pairs.of(
       Pair(row[0], target, language)
       for row in rows
       for language, target in zip(languages, row[1:])
     )
-    if split == "train":
-      pools = {
-        kind: tuple(name for name in pool if name in used)
-        for kind, pool in pools.items()
-      }
+    for split, rows in _drawn(composer, sizes, names, cfg.get("seed", 0))
+  }
   version = _babel().__version__
   facts = {
     "source": "cldr",
@@ -163,6 +152,30 @@ def composed_text(cfg: Any) -> ParallelText:
   return ParallelText.of(
     "data.source.kind='cldr'", splits, languages, facts, edition=version
   )
+
+
+def _drawn(
+  composer: "_Composer", sizes: dict[str, int], names: CoreNames, seed: int
+) -> Iterator[tuple[str, list[list[str]]]]:
+  """Yields (split, sentences in all languages).
+
+  Train is the first; the others know the names that it has used.
+  """
+  pools = names.known
+  for split, size in sizes.items():
+    sentences = _Sentences(
+      np_rng(seed, f"cldr/{split}"),
+      pools,
+      names.held_out if split == "test_names" else None,
+      _LONG if split == "test_long" else _SHORT,
+    )
+    rows, used = composer.rows(sentences, size)
+    yield split, rows
+    if split == "train":
+      pools = {
+        kind: tuple(name for name in pool if name in used)
+        for kind, pool in pools.items()
+      }
 
 
 def target_languages(cfg: Any) -> tuple[str, ...]:
@@ -413,6 +426,11 @@ class _Sentences:
     return [options[i] for i in order]
 
 
+def _contains(text: str, names: Sequence[str]) -> bool:
+  text = text.casefold()
+  return any(name in text for name in names)
+
+
 def _listed_names(names: Sequence[Name], style: str) -> Part:
   return lambda i, writer: writer.listed([name[i] for name in names], style)
 
@@ -466,11 +484,7 @@ class _Composer:
       return False
     # Other words than names may contain one: "Mon" is a language, and a
     # part of "Monday".
-    if not has_held_out and any(
-      name in text.casefold()
-      for text, held_out in zip(row, self._held_out)
-      for name in held_out
-    ):
+    if not has_held_out and any(map(_contains, row, self._held_out)):
       self.redrawn["held_out_name"] += 1
       return False
     self._taken.add(english)

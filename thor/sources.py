@@ -79,6 +79,11 @@ def load_parallel(cfg: Any) -> ParallelText:
     raise UserError(
       f"{_KEY}.kind={kind!r}: choose one of cldr, {', '.join(_READERS)}"
     )
+  return _read_splits(cfg)
+
+
+def _read_splits(cfg: Any) -> ParallelText:
+  kind = cfg.get("kind")
   given = {s: what for s, what in cfg.get("splits", {}).items() if what}
   if "train" not in given:
     raise UserError(f"{_KEY}.splits.train is empty: name what to train on")
@@ -152,6 +157,9 @@ class _SplitReader:
       raise UserError(f"{key} holds no pair (left out: {left_out or 'none'})")
     if skipped:
       log.warning("%s: %d pairs; left out: %s", key, len(pairs), left_out)
+    silent = [tag for tag in self._known if tag not in pairs.languages]
+    if silent and split == "train":
+      log.warning("%s: no pair is in the language %s", key, ", ".join(silent))
     for reason, places in skipped.items():
       self.facts[f"{split}_skipped_{reason.replace(' ', '_')}"] = len(places)
     return pairs

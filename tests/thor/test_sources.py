@@ -2,12 +2,16 @@
 
 import json
 import logging
+import pickle
 import re
+import subprocess
+import sys
 
 import pytest
+from ml_collections import ConfigDict
 
 from common.errors import UserError
-from thor.pairs import Pair
+from thor.pairs import Pair, Pairs
 from thor.sources import load_parallel, read_lines
 
 PAIRS = [("one", "eins"), ("two\u2028three", "zwei drei"), ("four", "vier")]
@@ -61,6 +65,26 @@ def make(kind, tmp_path, pairs, **settings):
   if kind == "tsv":
     return tsv_config(tmp_path, map("\t".join, pairs), **settings)
   return jsonl_config(tmp_path, records(pairs), **settings)
+
+
+def test_pairs_are_a_sequence():
+  pairs = [Pair("a é", "b", "de"), Pair("", "\U0001f600"), Pair("c", "", "de")]
+  packed = Pairs.of(iter(pairs))
+  assert list(packed) == pairs
+  assert packed[-1] == pairs[-1]
+  assert packed[1:] == pairs[1:]
+  assert list(pickle.loads(pickle.dumps(packed))) == pairs
+  with pytest.raises(IndexError, match="pair 3 of 3"):
+    packed[3]
+
+
+def test_each_change_of_pairs_changes_the_fingerprint():
+  texts = [
+    [("ab", "c", "de")], [("a", "bc", "de")], [("ab", "c", "fi")],
+    [("ab", "c", "de")] * 2, [],
+  ]  # fmt: skip
+  prints = {Pairs.of(Pair(*row) for row in rows).fingerprint for rows in texts}
+  assert len(prints) == len(texts)
 
 
 @pytest.mark.parametrize("kind", ["text", "tsv", "jsonl"])
@@ -253,6 +277,129 @@ def test_bad_json_lines(tmp_path, line, message):
 def test_bad_settings(tmp_path, settings, message):
   config = tsv_config(tmp_path, ["one\teins"]) | settings
   assert re.search(message, refused(config))
+
+
+@pytest.mark.parametrize(
+  ("lines", "message"),
+  [
+    (["a\tb", "c\td\tde"], r"a\.tsv:2 names the language 'de', unlike others"),
+    (["a\tb\tde", "c\td\t"], r"a\.tsv:2 names no language, unlike others"),
+    (["a\tb\td e"], r"a\.tsv:1: 'd e' is no language tag"),
+  ],
+)
+def test_all_rows_name_their_language_or_none(tmp_path, lines, message):
+  assert re.search(message, refused(tsv_config(tmp_path, lines, languages=())))
+
+
+def test_other_splits_have_the_languages_of_train(tmp_path):
+  config = tsv_config(tmp_path, ["a\tb\tde", "c\td\tfi"], languages=())
+  valid = write(tmp_path / "valid.tsv", ["a\tb\tfr"])
+  config["splits"] = {"valid": valid} | config["splits"]
+  message = refused(config)
+  assert re.search(
+    r"valid\.tsv:1: unknown language 'fr'; known: de, fi", message
+  )
+
+
+def test_a_language_without_training_pairs_is_named(tmp_path, caplog):
+  load_parallel(tsv_config(tmp_path, ["a\tb\tde"], languages=("de", "fi")))
+  assert "splits.train: no pair is in the language fi" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("kind", "names"), [("text", ("a.en", "a.de")), ("tsv", ("a.*",))]
+)
+def test_config_dicts_will_do(tmp_path, kind, names):
+  splits = {"train": (), "valid": ()}
+  config = ConfigDict(make(kind, tmp_path, PAIRS) | {"splits": splits})
+  config.splits.train = tuple(f"{tmp_path}/{name}" for name in names)
+  text = load_parallel(config)
+  assert list(text.splits) == ["train"]
+  assert list(text.splits["train"]) == TAGGED
+
+
+# In another process, where TFDS's own warnings are no errors and no other test
+# can have imported TensorFlow.
+DATA_SETS = """
+import sys
+import tensorflow_datasets as tfds
+from thor.sources import load_parallel
+
+class Maker(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  VERSION = tfds.core.Version("1.0.0")
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, features=self.features(), disable_shuffling=True)
+  def _split_generators(self, manager):
+    return {"train": self._generate_examples()}
+  def _generate_examples(self):
+    yield from enumerate(self.rows())
+
+class Two(Maker):
+  BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=t) for t in ("de", "fi")]
+  def features(self):
+    return tfds.features.Translation(languages=["en", self.tag])
+  def rows(self):
+    return ({"en": f"one {i}", self.tag: f"é {self.tag} {i}"} for i in (1, 2))
+  @property
+  def tag(self):
+    return self.builder_config.name
+
+class Talks(Maker):
+  def features(self):
+    return tfds.features.FeaturesDict({
+      "name": tfds.features.Text(),
+      "translations": tfds.features.TranslationVariableLanguages()})
+  def rows(self):
+    yield {"name": "x", "translations": {"en": "one", "de": "é"}}
+    yield {"name": "y", "translations": {"en": "two", "fi": "ä", "de": "ö"}}
+
+where = {"data_dir": sys.argv[1], "file_format": "array_record"}
+for made in (Two(config="de", **where), Two(config="fi", **where),
+             Talks(**where)):
+  made.download_and_prepare()
+config = {
+  "kind": "tfds", "name": "two/{language}", "languages": ("de", "fi"),
+  "splits": {"train": "train"}, "source_key": "en",
+  "target_key": "{language}", "data_dir": sys.argv[1]}
+found = [tuple(pair) for pair in load_parallel(config).splits["train"]]
+assert found == [
+  (f"one {i}", f"é {tag} {i}", tag) for tag in ("de", "fi") for i in (1, 2)
+], found
+talks = config | {"name": "talks", "empty": "skip"}
+text = load_parallel(talks)
+assert [tuple(pair) for pair in text.splits["train"]] == [
+  ("one", "é", "de"), ("two", "ö", "de"), ("two", "ä", "fi")]
+assert text.facts["train_skipped_empty"] == 1
+for bad, message in (
+  (config | {"splits": {"train": "dev"}}, "splits.train: data.source.split"),
+  (config | {"splits": {"train": ("a", "b")}}, "give one split of"),
+  (config | {"target_key": "sv"}, "two/de[train]: record 0: no key 'sv'"),
+  (config | {"name": "two/de", "target_key": "de"}, "train does not say"),
+  (config | {"name": ""}, "needs data.source.name"),
+  (talks | {"empty": "error"}, "1 empty sentence (talks[train]: record 0)"),
+):
+  try:
+    load_parallel(bad)
+  except ValueError as error:
+    assert message in str(error) and "\\n" not in str(error), error
+  else:
+    raise AssertionError(message)
+assert tfds.builder("wmt16_translate/de-en", **where)
+assert "tensorflow" not in sys.modules
+print("equal")
+"""
+
+
+def test_tfds_data_sets_without_tensorflow(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "-c", DATA_SETS, str(tmp_path)],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert done.stdout.endswith("equal\n")
 
 
 def test_the_embedded_text_is_a_kind():
