@@ -43,38 +43,61 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_processes():
-  """Runs a command of the workspace as several processes of one run."""
-  return _run_processes
-
-
-def _run_processes(
-  arguments: Sequence[str], processes: int, *, devices: int = 4
-) -> None:
-  """`python -m ARGUMENTS`, on devices that are dealt out to the processes.
-
-  Fails with what the first broken one printed.
+  """`(arguments, processes, devices=4)`: `python -m ARGUMENTS` as several
+  processes of one run, on devices that are dealt out to them.
   """
+
+  def run(
+    arguments: Sequence[str], processes: int, *, devices: int = 4
+  ) -> None:
+    address, commands = _free_address(), []
+    for i in range(processes):
+      place = [f"--coordinator={address}", f"--process_id={i}"]
+      place.append(f"--num_processes={processes}")
+      commands.append(["-m", *arguments, *(place if processes > 1 else [])])
+    _run_together(commands, devices=devices // processes)
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def run_script_twice():
+  """`(script)`: runs it in two processes of two devices each; its arguments
+  are those of `jax.distributed.initialize`, the address and the number.
+  """
+
+  def run(script: str) -> None:
+    address = _free_address()
+    _run_together([["-c", script, address, str(i)] for i in (0, 1)], devices=2)
+
+  return run
+
+
+def _free_address() -> str:
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+    return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def _run_together(commands: Sequence[Sequence[str]], *, devices: int) -> None:
+  """Runs Python at the same time with these arguments, each on CPU devices of
+  its own; fails with what the first broken one printed.
+  """
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "JAX_NUM_CPU_DEVICES": str(devices // processes),
+    "JAX_NUM_CPU_DEVICES": str(devices),
   }
-  started = []
-  for i in range(processes):
-    place = [f"--coordinator=127.0.0.1:{port}", f"--process_id={i}"]
-    place.append(f"--num_processes={processes}")
-    started.append(
-      subprocess.Popen(
-        [sys.executable, "-m", *arguments, *(place if processes > 1 else [])],
-        cwd=pathlib.Path(__file__).parents[1],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
+  started = [
+    subprocess.Popen(
+      [sys.executable, *arguments],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
     )
+    for arguments in commands
+  ]
   try:
     errors = [process.communicate(timeout=600)[1] for process in started]
   finally:

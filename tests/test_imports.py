@@ -10,9 +10,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROJECTS = ("birdie", "slimsam", "thor", "udim")
 OURS = (*PROJECTS, "common", "configs")
 OPTIONAL = (
+  "babel",
   "lm_eval",
   "onnx",
   "onnxruntime",
+  "sacrebleu",
   "safetensors",
   "sentencepiece",
   "tensorboardX",

@@ -17,14 +17,12 @@ import numpy as np
 
 from common.config import did_you_mean
 from common.errors import UserError
+from thor.vocabulary import EOS, PAD
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]
 
-# As in fairseq.
-PAD = 1
-EOS = 2
 LENGTHS = (16, 32, 64, 128, 256)
 SIDES = ("source", "target")
 TOO_LONG = {"error": "refused", "skip": "skipped", "cut": "cut"}

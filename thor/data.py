@@ -18,13 +18,11 @@ in the last batch of a bucket are empty rows, nothing but padding.
 import dataclasses
 import functools
 import logging
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from common.data.loader import FetchPlan, Loader, process_share
+from common.data.loader import Batches, FetchPlan, Loader, row_shares
 from common.errors import UserError
 from common.rngs import name_hash
 from thor.buckets import EOS, PAD, Batch, BucketedPairs
@@ -59,17 +57,7 @@ def row_multiple(sharding: Any = None, accum: int = 1) -> int:
     sharding: where batches go, such as `common.parallel.batch_sharding(mesh)`.
     accum: micro-batches of a step; each of them is divided among the shards.
   """
-  return _row_shares(sharding)[2] * accum
-
-
-def _row_shares(sharding: Any) -> tuple[int, int, int]:
-  """Which share of the rows is this process's, of how many; all shards."""
-  if sharding is None:
-    return 0, 1, 1
-  axes = (sharding.spec[0] if len(sharding.spec) else None) or ()
-  names = (axes,) if isinstance(axes, str) else axes
-  shards = math.prod(sharding.mesh.shape[name] for name in names)
-  return *process_share(sharding), shards
+  return row_shares(sharding)[2] * accum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +156,7 @@ def train_loader(
 
 
 def _shares_of(plan: BucketedPairs, sharding: Any) -> tuple[int, int]:
-  index, count, shards = _row_shares(sharding)
+  index, count, shards = row_shares(sharding)
   for shape in plan.buckets.shapes:
     if shape.rows % shards:
       raise UserError(
@@ -214,43 +202,13 @@ class EvalReader:
     ]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class EvalBatches:
-  """Every pair once, the short ones first; to be iterated as often as needed.
-
-  Attributes:
-    reader: makes the batches.
-    sharding: where they go; NumPy arrays if None.
-    prefetch: batches made ahead.
-    workers: processes that make batches; 0: one thread.
-  """
-
-  reader: EvalReader
-  sharding: Any = None
-  prefetch: int = 2
-  workers: int = 0
-
-  def __len__(self) -> int:
-    return self.reader.plan.num_batches
-
-  def __iter__(self) -> Iterator[Any]:
-    with Loader(
-      FetchPlan(self.reader),
-      sharding=self.sharding,
-      prefetch=min(self.prefetch, len(self) - 1),
-      workers=self.workers,
-    ) as loader:
-      for _ in range(len(self)):
-        yield next(loader)
-
-
 def eval_batches(
   plan: BucketedPairs,
   *,
   sharding: Any = None,
   prefetch: int = 2,
   workers: int = 0,
-) -> EvalBatches:
+) -> Batches:
   """Evaluation batches, in the order of length.
 
   A batch is a training batch's arrays and `index`, int32 [b]: the number of
@@ -262,6 +220,5 @@ def eval_batches(
     UserError: for rows that do not divide among the devices.
   """
   index, count = _shares_of(plan, sharding)
-  return EvalBatches(
-    EvalReader(plan, index, count), sharding, prefetch, workers
-  )
+  reader = EvalReader(plan, index, count)
+  return Batches(reader, plan.num_batches, sharding, prefetch, workers)

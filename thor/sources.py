@@ -370,6 +370,7 @@ def _json_rows(
   source_key, target_key = _keys(cfg)
   for i, line in read_lines(file):
     if not line.strip():
+      yield i, Pair("", "", language or "")
       continue
     place = f"{file}:{i}"
     record = json_record(line.encode(), place)

@@ -8,12 +8,12 @@ of processes, workers or threads, so the data position is that one number.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from common.data.loader import FetchPlan, Loader, process_share
+from common.data.loader import Batches, FetchPlan, Loader, row_shares
 from common.errors import UserError
 from common.rngs import np_rng
 from udim.augment import Transform
@@ -68,7 +68,7 @@ def train_loader(
   """
   if not domains:
     raise UserError("there is no source domain to train on: name one")
-  index, count, shards = _row_shares(sharding, 1)
+  index, count, shards = row_shares(sharding, 1)
   if rows < 1 or rows % shards:
     raise UserError(
       f"{rows} images of each domain in a batch do not divide among the "
@@ -91,25 +91,6 @@ def train_loader(
     prefetch=prefetch,
     workers=workers,
   )
-
-
-def _row_shares(sharding: Any, axis: int) -> tuple[int, int, int]:
-  """How rows along an axis divide.
-
-  Returns:
-    (index, count, shards): this process brings share `index` of `count`, and
-    the devices divide the rows among `shards`. (0, 1, 1) without sharding.
-  """
-  if sharding is None:
-    return 0, 1, 1
-  import jax
-
-  names = sharding.spec[axis]
-  index, count = process_share(
-    jax.sharding.NamedSharding(sharding.mesh, jax.P(names))
-  )
-  axes = (names,) if isinstance(names, str) else names or ()
-  return index, count, math.prod(sharding.mesh.shape[name] for name in axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,44 +256,10 @@ class EvalReader(_Reader):
     """Of one image; a process may have nothing but padding."""
     return self._row(0)[0].shape
 
-
-@dataclasses.dataclass(frozen=True)
-class EvalBatches:
-  """A domain's images once, in order; to be iterated as often as needed.
-
-  Every batch has the same shape. Sums that are weighted by `weight` are those
-  over the domain's images, whatever the batch size and the number of devices.
-
-  Attributes:
-    reader: makes the batches.
-    sharding: where they go; NumPy arrays if None.
-    prefetch: batches made ahead.
-    workers: processes that make batches; 0: one thread.
-  """
-
-  reader: EvalReader
-  sharding: Any = None
-  prefetch: int = 2
-  workers: int = 0
-
-  def __len__(self) -> int:
-    return -(-len(self.reader.domain) // self.reader.rows)
-
   @property
-  def nbytes(self) -> int:
-    """Of all images, as this process brings them."""
-    rows = len(self) * (self.reader.stop - self.reader.start)
-    return 4 * rows * math.prod(self.reader.image_shape)
-
-  def __iter__(self) -> Iterator[Any]:
-    with Loader(
-      FetchPlan(self.reader),
-      sharding=self.sharding,
-      prefetch=min(self.prefetch, len(self) - 1),
-      workers=self.workers,
-    ) as loader:
-      for _ in range(len(self)):
-        yield next(loader)
+  def batch_bytes(self) -> int:
+    """Of a batch's images, as this process brings them."""
+    return 4 * (self.stop - self.start) * math.prod(self.image_shape)
 
 
 def eval_batches(
@@ -324,7 +271,7 @@ def eval_batches(
   prefetch: int = 2,
   workers: int = 0,
   threads: int = 0,
-) -> EvalBatches:
+) -> Batches:
   """Evaluation batches of a domain or a part of one.
 
   A batch is `{"image": float32 [B, H, W, C], "label": int32 [B], "weight":
@@ -350,7 +297,7 @@ def eval_batches(
       f"this part of domain {domain.name!r} holds no image to evaluate: choose "
       "another data.holdout"
     )
-  index, count, shards = _row_shares(sharding, 0)
+  index, count, shards = row_shares(sharding)
   rows = -(-batch_size // shards) * shards
   share = rows // count
   reader = EvalReader(
@@ -361,4 +308,5 @@ def eval_batches(
     start=index * share,
     stop=(index + 1) * share,
   )
-  return EvalBatches(reader, sharding, prefetch, workers)
+  count = -(-len(domain) // rows)
+  return Batches(reader, count, sharding, prefetch, workers)

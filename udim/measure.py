@@ -16,7 +16,7 @@ from common.state import TrainState
 from common.step import StepChoice
 from udim import landscape
 from udim.augment import make_transform
-from udim.data import EvalBatches, eval_batches
+from udim.data import eval_batches
 from udim.domains import Domain
 from udim.passes import ApplyFn
 from udim.perturb import perturb_images
@@ -182,7 +182,7 @@ def _batch(
   for domain in domains:
     every = -(-len(domain) // share)
     chosen = domain.select(np.arange(0, len(domain), every))
-    batches: EvalBatches = eval_batches(
+    batches = eval_batches(
       chosen, batch_size=len(chosen), transform=make_transform(config.data),
       sharding=batch_sharding(setup.mesh), threads=config.data.threads,
     )  # fmt: skip

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from common.data.loader import Batches
 from udim.augment import make_transform
-from udim.data import EvalBatches, eval_batches
+from udim.data import eval_batches
 from udim.passes import ApplyFn
 from udim.splits import RunSplits
 
@@ -45,19 +46,20 @@ class Evaluator:
 
   Args:
     apply_fn: see `udim.models.make_apply_fn`.
-    parts: name -> batches.
+    parts: name -> batches of `eval_batches`.
     sharding: where these lie; None for one device.
   """
 
   def __init__(
     self,
     apply_fn: ApplyFn,
-    parts: Mapping[str, EvalBatches],
+    parts: Mapping[str, Batches],
     sharding: jax.sharding.NamedSharding | None = None,
   ):
     self._parts, left = {}, KEPT_BYTES
     for name, batches in parts.items():
-      size = batches.nbytes
+      reader: Any = batches.fetch
+      size = len(batches) * reader.batch_bytes
       self._parts[name] = list(batches) if size <= left else batches
       left -= size if size <= left else 0
     self._sums = _sums_of(apply_fn, sharding and sharding.mesh)
@@ -122,7 +124,7 @@ def _sums_of(apply_fn: ApplyFn, mesh: jax.sharding.Mesh | None) -> Any:
 
 def make_parts(
   config: Any, splits: RunSplits, sharding: Any = None
-) -> dict[str, EvalBatches]:
+) -> dict[str, Batches]:
   """What a run is evaluated on: `role_part/domain` -> batches.
 
   `source_holdout` selects models; `source_main` is what it trains on;

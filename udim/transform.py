@@ -378,6 +378,7 @@ def _combine(
   def with_term():
     out, state, ascended, data_grad, metrics = of_member()
     if cfg.data_grad != "fast":
+      # What the weights moved by, rounding included.
       eps = jax.tree.map(jnp.subtract, ascended, params)
       data_grad = data_grad_fn(params, eps)
     term, term_metrics = term_fn(params, data_grad)

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Any
 
@@ -155,6 +155,38 @@ class Loader:
     self._pending.clear()
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+  """Batches 0 to `count` - 1, to be iterated as often as needed.
+
+  Attributes:
+    fetch: makes them, as for `Loader`.
+    count: how many.
+    sharding: where they go; NumPy arrays if None.
+    prefetch: batches made ahead.
+    workers: processes that make batches; 0: one thread.
+  """
+
+  fetch: FetchPlan | Callable[[int, Any], Batch]
+  count: int
+  sharding: Any = None
+  prefetch: int = 2
+  workers: int = 0
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __iter__(self) -> Iterator[Any]:
+    with Loader(
+      self.fetch,
+      sharding=self.sharding,
+      prefetch=min(self.prefetch, max(self.count - 1, 0)),
+      workers=self.workers,
+    ) as loader:
+      for _ in range(self.count):
+        yield next(loader)
+
+
 class _Crew:
   """One daemon thread, and worker processes behind it if asked for.
 
@@ -278,6 +310,28 @@ def process_share(sharding: Any) -> tuple[int, int]:
   indices = rows.addressable_devices_indices_map((parts,)).values()
   held = {index[0].indices(parts)[0] for index in indices if index}
   return min(held) // len(held), parts // len(held)
+
+
+def row_shares(sharding: Any, axis: int = 0) -> tuple[int, int, int]:
+  """How the rows of a batch divide, where they lie along an axis of it.
+
+  Args:
+    sharding: a `NamedSharding`, or None.
+    axis: that of the rows.
+
+  Returns:
+    (index, count, shards): this process brings share `index` of `count`, and
+    the devices divide the rows among `shards`. (0, 1, 1) without sharding.
+  """
+  if sharding is None:
+    return 0, 1, 1
+  import jax
+
+  names = sharding.spec[axis] if axis < len(sharding.spec) else None
+  rows = jax.sharding.NamedSharding(sharding.mesh, jax.P(names))
+  axes = (names,) if isinstance(names, str) else names or ()
+  shards = math.prod(sharding.mesh.shape[name] for name in axes)
+  return *process_share(rows), shards
 
 
 _worker_fetch: Callable | None = None

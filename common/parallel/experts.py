@@ -87,10 +87,10 @@ def selected(
   """
   if placement is None:
     return _feed_forward(_slice(stack, expert), x, activation, keep)
-  axis, batch_axes = placement
+  axis = placement.axis
   _check_divides(stack["up"]["kernel"].shape[2], "hidden units", axis)
 
-  def local(stack: Stack, x: Array, expert: Array, keep: Array | None):
+  def local(stack: Stack, x: Array, keep: Array | None, expert: Array):
     one = _slice(stack, expert)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
     one = {
@@ -105,13 +105,7 @@ def selected(
     }
     return _feed_forward(one, x, activation, keep)
 
-  rows = jax.P(batch_axes)
-  return jax.shard_map(
-    local,
-    in_specs=(_cut_hidden(axis), rows, jax.P(), rows),
-    out_specs=rows,
-    axis_names=set(batch_axes),
-  )(stack, x, expert, keep)
+  return _on_shards(local, placement, _cut_hidden)(stack, x, keep, expert)
 
 
 def balanced(
@@ -156,20 +150,14 @@ def balanced(
   if placement is None:
     slots, order = to_slots(x, ids)
     return from_slots(_all_experts(stack, slots, activation), order)
-  axis, batch_axes = placement
+  axis = placement.axis
   _check_divides(experts, "experts", axis)
 
   def local(stack: Stack, x: Array, ids: Array) -> Array:
     slots, order = to_slots(x, ids)
     return from_slots(_travel(stack, slots, activation, axis), order)
 
-  rows = jax.P(batch_axes)
-  return jax.shard_map(
-    local,
-    in_specs=(_cut_experts(axis), rows, rows),
-    out_specs=rows,
-    axis_names=set(batch_axes),
-  )(stack, x, ids)
+  return _on_shards(local, placement, _cut_experts)(stack, x, ids)
 
 
 def balanced_ids(key: Array, rows: int, length: int, num_experts: int) -> Array:
@@ -253,20 +241,14 @@ def capacity(
   if placement is None:
     out = _all_experts(stack, to_slots(x, slot), activation)
     return from_slots(out, slot), has_room
-  axis, batch_axes = placement
+  axis = placement.axis
   _check_divides(experts, "experts", axis)
 
   def local(stack: Stack, x: Array, slot: Array) -> Array:
     out = _travel(stack, to_slots(x, slot), activation, axis)
     return from_slots(out, slot)
 
-  rows = jax.P(batch_axes)
-  out = jax.shard_map(
-    local,
-    in_specs=(_cut_experts(axis), rows, rows),
-    out_specs=rows,
-    axis_names=set(batch_axes),
-  )(stack, x, slot)
+  out = _on_shards(local, placement, _cut_experts)(stack, x, slot)
   return out, has_room
 
 
@@ -312,7 +294,7 @@ def grouped(
   form = _in_blocks if jax.default_backend() == "cpu" else _ragged
   if placement is None:
     return form(stack, x, ids, activation)
-  axis, batch_axes = placement
+  axis = placement.axis
   _check_divides(stack["up"]["kernel"].shape[2], "hidden units", axis)
 
   def local(stack: Stack, x: Array, ids: Array) -> Array:
@@ -324,13 +306,7 @@ def grouped(
     out = form({**stack, "down": down}, x, ids, activation)
     return jax.lax.psum_scatter(out, axis, tiled=True)
 
-  rows = jax.P(batch_axes)
-  return jax.shard_map(
-    local,
-    in_specs=(_cut_hidden(axis), rows, rows),
-    out_specs=rows,
-    axis_names=set(batch_axes),
-  )(stack, x, ids)
+  return _on_shards(local, placement, _cut_hidden)(stack, x, ids)
 
 
 def _in_blocks(
@@ -442,6 +418,28 @@ def _travel(
   there = exchange(slots, split_axis=0, concat_axis=1)
   out = _all_experts(stack, there, activation)
   return exchange(out, split_axis=1, concat_axis=0)
+
+
+def _on_shards(
+  local: Callable[..., Array],
+  placement: Placement,
+  cut: Callable[[str], dict],
+) -> Callable[..., Array]:
+  """`local(stack, x, of_rows, *same)` on what every device has of the stack
+  and of the rows; what follows is the same on all.
+  """
+  rows = jax.P(placement.batch_axes)
+
+  def call(stack: Stack, x: Array, of_rows: Array | None, *same: Array):
+    specs = (cut(placement.axis), rows, rows, *(jax.P() for _ in same))
+    return jax.shard_map(
+      local,
+      in_specs=specs,
+      out_specs=rows,
+      axis_names=set(placement.batch_axes),
+    )(stack, x, of_rows, *same)
+
+  return call
 
 
 def _cut_hidden(axis: str) -> dict:

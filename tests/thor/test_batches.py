@@ -1,12 +1,7 @@
 """Laws of epochs and batches of pairs."""
 
 import logging
-import os
-import pathlib
 import pickle
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -31,7 +26,6 @@ from thor.data import (
   train_loader,
 )
 
-ROOT = pathlib.Path(__file__).parents[2]
 LENGTHS = (4, 8, (8, 16), 32)
 
 
@@ -375,8 +369,6 @@ def test_a_bucket_compiles_once():
 TWO = """
 import sys
 import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from common.parallel import batch_sharding, make_mesh
@@ -409,24 +401,5 @@ for placed, expected in made:
 """
 
 
-def test_two_processes_make_one_batch():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", TWO, address, str(i)],
-      cwd=ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=120)[1] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  for process, text in zip(started, errors, strict=True):
-    assert process.returncode == 0, text[-3000:]
+def test_two_processes_make_one_batch(run_script_twice):
+  run_script_twice(TWO)

@@ -86,9 +86,13 @@ def held_out_columns(config):
   return dict(zip(tags, columns, strict=True))
 
 
-@pytest.mark.parametrize("languages", [(), GAPS, ("ja", "ru", "ar")])
-def test_held_out_names_occur_in_test_names_only(languages):
-  config = dict(SMALL, languages=languages)
+@pytest.mark.parametrize(
+  ("languages", "names"),
+  # Japanese writes no spaces: names stand inside other words there.
+  [((), 40), (GAPS, 40), (("ja", "ru", "ar"), 40), (("ja",), 60)],
+)
+def test_held_out_names_occur_in_test_names_only(languages, names):
+  config = dict(SMALL, languages=languages, names=names)
   columns = held_out_columns(config)
   splits = composed_text(config).splits
   assert len(columns["en"]) >= 10
@@ -98,6 +102,17 @@ def test_held_out_names_occur_in_test_names_only(languages):
         folded = sentence.casefold()
         found = [name for name in columns[language] if name in folded]
         assert bool(found) == (split == "test_names"), (split, sentence, found)
+
+
+@pytest.mark.parametrize("languages", [(), ("ja",)])
+def test_no_name_contains_a_held_out_one(languages):
+  config = dict(SMALL, names=0, languages=languages)
+  columns = held_out_columns(config)
+  for pool in core_names(config).known.values():
+    for name in pool:
+      for tag, part in zip(columns, name, strict=True):
+        found = [held for held in columns[tag] if held in part.casefold()]
+        assert not found, (tag, part, found)
 
 
 def test_nothing_held_out_makes_no_split_of_names():
@@ -178,10 +193,13 @@ def test_lists_are_longer_in_test_long_than_in_train(text):
   assert max(lengths("test_long")) == 6
 
 
-def test_valid_and_test_use_names_that_train_has_seen(text):
-  pools = core_names(SMALL).known.values()
+def test_valid_and_test_use_names_that_train_has_seen():
+  # So few sentences that train does not use all names.
+  config = {"rows": 30, "test_rows": 10, "names": 40, "languages": ("de",)}
+  text, pools = composed_text(config), core_names(config).known.values()
   train = "\n".join(english(text, "train"))
   unseen = [n[0] for pool in pools for n in pool if n[0] not in train]
+  assert len(unseen) > 20
   for split in ("valid", "test", "test_long"):
     for sentence in english(text, split):
       assert not any(name in sentence for name in unseen), sentence

@@ -1,9 +1,4 @@
-import os
-import pathlib
 import pickle
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -22,7 +17,6 @@ from udim.data import (
 )
 from udim.domains import ArrayExamples, Domain, load_domains
 
-ROOT = pathlib.Path(__file__).parents[2]
 PLAIN = Transform()
 CROPS = Transform(augment="crop_flip")
 
@@ -261,8 +255,6 @@ def test_one_image_and_none():
 TWO = """
 import sys
 import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import numpy as np
 from ml_collections import ConfigDict
@@ -293,27 +285,8 @@ for augment in ("none", "crop_flip"):
 """
 
 
-def test_two_processes_make_one_batch():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    address = f"127.0.0.1:{probe.getsockname()[1]}"
-  started = [
-    subprocess.Popen(
-      [sys.executable, "-c", TWO, address, str(i)],
-      cwd=ROOT,
-      env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [process.communicate(timeout=120)[1] for process in started]
-  finally:
-    for process in started:
-      process.kill()
-  for process, text in zip(started, errors, strict=True):
-    assert process.returncode == 0, text[-3000:]
+def test_two_processes_make_one_batch(run_script_twice):
+  run_script_twice(TWO)
 
 
 def test_batches_of_the_real_digits_train_a_jitted_step():
