@@ -24,7 +24,7 @@ gradient, of which the mean is shown (of memory the larger program); the latter
 is a step of UDIM without the term, as before `start_step`. The rows `branch`
 are the same as one program that decides by itself; of its FLOPs XLA counts the
 dearer branch. They are slow, and run in the first two rounds only. The last
-line is JSON.
+line is JSON. The exit status is 1 where a gate does not hold.
 """
 
 import argparse
@@ -368,7 +368,7 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     )
 
 
-def main() -> None:
+def main() -> int:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -390,7 +390,8 @@ def main() -> None:
     "rows": rows,
   }
   print(json.dumps(line))
+  return 1 if any(row["holds"] is False for row in rows.values()) else 0
 
 
 if __name__ == "__main__":
-  main()
+  raise SystemExit(main())

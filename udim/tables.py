@@ -85,8 +85,8 @@ def write_comparison(
   parts += [_accuracy_section(table, method) for method in methods]
   parts.append(claims_section(table.scores))
   parts.append(_domain_section(table))
-  parts.append(_cost_section(table))
-  parts.append(_landscape_section(table))
+  parts.append(cost_section(table))
+  parts.append(landscape_section(table))
   parts.append(_figures_section(folder, config, table))
   parts.append(_settings_section(table))
   text = "\n\n".join(part.strip() for part in parts if part) + "\n"
@@ -216,7 +216,8 @@ def _mean(values: BySeed) -> float:
   return float(np.mean(list(values.values()))) if values else math.nan
 
 
-def _cost_section(table: Comparison) -> str:
+def cost_section(table: Comparison) -> str:
+  """FLOPs, time and memory of a step, as Markdown."""
   base = "erm" if "erm" in table.labels else table.labels[0]
   flops = _mean(table.measured(base, lambda r: r.cost["flops"]))
   time = table.measured(base, lambda r: r.cost["seconds"])
@@ -260,7 +261,8 @@ def _landscape_columns() -> dict[str, Callable[[Result], Any]]:
   }
 
 
-def _landscape_section(table: Comparison) -> str:
+def landscape_section(table: Comparison) -> str:
+  """Sharpness at the end of training; "" where it was not measured."""
   if not any(r.landscape for r in table.results):
     return ""
   columns = _landscape_columns()

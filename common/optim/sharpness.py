@@ -346,13 +346,9 @@ def look_sam(
   Two gradients in every k-th update, one in the others, 1.2 on average for
   k = 5. As one program that is a branch, in which `grad_fn` is not evaluated,
   but which can take longer than SAM: on the CPU convolutions in branches are
-  slow. Rather let the host choose between two programs:
-
-      for i in range(num_steps):
-        params, state = step(params, state, batch(i), due=i % 5 == 0)
-
-  with `static_argnames="due"`, and `due` handed on to `update`. Without a
-  first due update v is 0, and the others are those of the base.
+  slow. Rather let the host choose between two programs, `due=i % k == 0` in
+  step i, as `common.optim.second_pass` shows. Without a first due update v is
+  0, and the others are those of the base.
 
   A v that is no more than rounding counts as 0, so that rho = 0 is the base
   optimizer. The state holds v: one more copy of the parameters, with their

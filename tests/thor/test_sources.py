@@ -207,6 +207,15 @@ def test_blank_lines_of_tsv_are_empty_pairs(tmp_path, place, languages):
   assert text.facts["train_skipped_empty"] == 1
 
 
+def test_blank_lines_of_jsonl_are_empty_pairs(tmp_path):
+  config = jsonl_config(
+    tmp_path, [records(TAGGED)[0], "", *records(TAGGED)[1:]]
+  )
+  assert "a.jsonl:2)" in refused(config)
+  text = load_parallel(config | {"empty": "skip"})
+  assert text.facts["train_skipped_empty"] == 1
+
+
 def test_nothing_left_is_refused(tmp_path):
   config = tsv_config(tmp_path, ["", ""], empty="skip")
   assert re.search(r"splits\.train holds no pair.*a\.tsv:1", refused(config))

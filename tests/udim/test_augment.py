@@ -147,6 +147,64 @@ def test_jitter_changes_colours_and_follows_its_generator():
   assert means.max() < 1.4 * photo().mean()
 
 
+class Recorded:
+  """Draws as its generator does, and keeps them."""
+
+  def __init__(self, seed):
+    self._rng, self.uniforms, self.orders = rng(seed), [], []
+
+  def uniform(self, *arguments):
+    drawn = self._rng.uniform(*arguments)
+    self.uniforms.append(drawn)
+    return drawn
+
+  def permutation(self, count):
+    order = self._rng.permutation(count)
+    self.orders.append(tuple(order))
+    return order
+
+
+def by_hand(image, factors, hue, order):
+  """torchvision's formulas on bytes, rounded after every operation."""
+
+  def blend(other, factor):
+    mixed = other + factor * (pixels.astype(float) - other)
+    return np.clip(mixed, 0, 255).astype(np.uint8)
+
+  pixels = np.asarray(image)
+  for i in order:
+    grey = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+    if i == 0:
+      pixels = blend(0.0, factors[0])
+    elif i == 1:
+      pixels = blend(float(int(grey.mean() + 0.5)), factors[1])
+    elif i == 2:
+      pixels = blend(grey.astype(float), factors[2])
+    else:
+      pixels = np.asarray(shift_hue(Image.fromarray(pixels), hue))
+  return pixels
+
+
+def test_jitter_is_its_four_formulas_in_a_random_order():
+  image = Image.fromarray(photo())
+  recorded = [Recorded(seed) for seed in range(200)]
+  for one in recorded[:20]:
+    found = np.asarray(color_jitter(image, one), int)
+    (factors, hue), (order,) = one.uniforms, one.orders
+    expected = by_hand(image, factors, hue, order).astype(int)
+    # One step of 255, where Pillow rounds another way, and hue spreads it.
+    assert np.mean(np.abs(found - expected)) < 1
+  for one in recorded[20:]:
+    color_jitter(image, one)
+  factors = np.array([one.uniforms[0] for one in recorded])
+  hues = np.array([one.uniforms[1] for one in recorded])
+  assert np.all((factors.min(0) > 0.7) & (factors.min(0) < 0.72))
+  assert np.all((factors.max(0) < 1.3) & (factors.max(0) > 1.28))
+  assert -0.3 < hues.min() < -0.28
+  assert 0.28 < hues.max() < 0.3
+  assert len({one.orders[0] for one in recorded}) == 24
+
+
 def test_domainbeds_augmentation():
   transform = Transform(size=32, augment="domainbed", statistics="imagenet")
   made = np.stack([transform.train(photo(), rng(i)) for i in range(200)])

@@ -1,4 +1,5 @@
 import pickle
+import threading
 
 import jax
 import numpy as np
@@ -120,6 +121,26 @@ def test_the_position_is_one_number(transform):
 def test_threads_and_workers_change_nothing(settings):
   alone = batches(transform=CROPS)
   assert_equal(alone, batches(transform=CROPS, **settings))
+
+
+class Together:
+  """Images that are read two at a time, or not at all."""
+
+  def __init__(self):
+    self.barrier = threading.Barrier(2, timeout=20)
+
+  def __len__(self):
+    return 6
+
+  def __getitem__(self, key):
+    self.barrier.wait()
+    return {"image": np.full((8, 8, 1), key, np.uint8), "label": 0}
+
+
+def test_threads_decode_at_the_same_time():
+  domain = Domain("a", Together())
+  (batch,) = batches([domain], count=1, threads=2)
+  assert batch["image"].shape == (1, 8, 8, 8, 1)
 
 
 def test_augmentation_is_drawn_for_every_place_anew():
