@@ -26,10 +26,15 @@ from common import optim, tree
 from common.config import check_keys, did_you_mean, steps
 from common.errors import UserError
 from common.metrics import Mean
+from common.optim.ascent import widen
 from common.rngs import RngStreams, fold_name
 from common.state import TrainState
 from common.step import StepChoice
-from udim.inconsistency import make_targets, mean_over_batches
+from udim.inconsistency import (
+  make_targets,
+  mean_over_batches,
+  merge_domains,
+)
 from udim.objectives import OBJECTIVES, Objective, make_objective
 from udim.passes import ApplyFn
 from udim.settings import UdimConfig
@@ -269,23 +274,20 @@ def _second_pass(
   dropout mask of the objective, so that the forward pass at w is that one.
   """
 
-  def flat(x: jax.Array) -> jax.Array:  # [s n ...] -> [n s, ...]
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
   def grad_fn(params, chosen=None):
     if chosen is None:
       return gradient(params, batch)
     return gradient(
-      params, {name: flat(x)[chosen][None] for name, x in batch.items()}
+      params,
+      {name: merge_domains(x)[chosen][None] for name, x in batch.items()},
     )
 
   def losses_fn(params):
-    logits = logits_of(params, flat(batch["image"]))
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits_of(params, merge_domains(batch["image"]))
     targets = make_targets(
-      flat(batch["label"]), logits.shape[-1], label_smoothing
+      merge_domains(batch["label"]), logits.shape[-1], label_smoothing
     )
-    return optax.softmax_cross_entropy(logits, targets)
+    return optax.softmax_cross_entropy(widen(logits), targets)
 
   return {"grad_fn": grad_fn, "losses_fn": losses_fn}
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from common.errors import UserError
+from common.optim.ascent import widen
 from udim.inconsistency import (
   Moments,
   head_logits,
@@ -60,9 +60,8 @@ class LinearHead:
     if logits is None:
       weight, bias = head
       logits = head_logits(features, weight, bias)
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = make_targets(labels, logits.shape[-1], self.label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets)
+    return optax.softmax_cross_entropy(widen(logits), targets)
 
   def moments(self, head, features, labels) -> Moments:
     weight, bias = head
@@ -108,7 +107,7 @@ class AnyHead:
         f"udim: head_loss gives {list(found.shape[1:])} for one sample: it "
         "must give a scalar"
       )
-    return found.astype(jnp.promote_types(found.dtype, jnp.float32))
+    return widen(found)
 
   def moments(self, head, features, labels) -> Moments:
     return per_sample_moments(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from common import tree
 from common.errors import UserError
+from common.optim.ascent import widen
 
 PyTree = Any
 _HIGHEST = jax.lax.Precision.HIGHEST  # no TF32, no bf16 passes
@@ -137,13 +138,20 @@ def make_targets(
     dtype = jnp.result_type(float)
     targets = jax.nn.one_hot(labels, num_classes, dtype=dtype)
   elif labels.shape[-1:] == (num_classes,):
-    targets = _at_least_float32(labels)
+    targets = widen(labels)
   else:
     raise UserError(
       f"udim: labels of {labels.dtype} {list(labels.shape)} are neither "
       f"integers nor distributions over the head's {num_classes} classes"
     )
   return (1 - label_smoothing) * targets + label_smoothing / num_classes
+
+
+def merge_domains(x: jax.Array) -> jax.Array:
+  """[s, n, ...] -> [n s, ...]: n, which may be sharded, is the major axis, so
+  that no image changes its device.
+  """
+  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
 
 
 def per_sample_moments(
@@ -187,7 +195,7 @@ def per_sample_moments(
 
   def moments(kept, chunk_of_examples):
     grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(kept, chunk_of_examples)
-    grads = jax.tree.map(_at_least_float32, grads)
+    grads = jax.tree.map(widen, grads)
     squares = jax.tree.map(jnp.square, grads)
     return Moments(*jax.tree.map(_mean_over_samples, (grads, squares)))
 
@@ -199,10 +207,6 @@ def per_sample_moments(
   by_chunk = jax.checkpoint(moments)  # or the scan would keep all gradients
   stacked = jax.lax.map(lambda one: by_chunk(kept, one), chunks)
   return jax.tree.map(_mean_over_samples, stacked)
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _mean_over_samples(x: jax.Array) -> jax.Array:

@@ -36,8 +36,10 @@ import optax
 from common import tree
 from common.config import check_keys, did_you_mean
 from common.errors import UserError
+from common.optim.ascent import widen
 from common.rngs import fold_name
-from udim.inconsistency import head_moments, make_targets
+from udim.heads import LinearHead
+from udim.inconsistency import head_moments, make_targets, merge_domains
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -177,7 +179,8 @@ def _init(context: _Context, num_domains: int, params: PyTree) -> PyTree:
       dtype = jnp.result_type(like, jnp.float32)
       return jnp.zeros((num_domains, *like.shape), dtype)
 
-    return jax.tree.map(zeros, _find_head(params, context.head_path))
+    kernel, bias = LinearHead(context.head_path).of(params)
+    return jax.tree.map(zeros, {"kernel": kernel, "bias": bias})
   return {}
 
 
@@ -198,10 +201,10 @@ def _loss(
   if name == "mixup":
     mix = _draw_mix(fold_name(key, "mixup"), domains, count, **settings)
   features, logits, batch_stats = forward(
-    params, _merge(mix(images)), fold_name(key, "dropout")
+    params, merge_domains(mix(images)), fold_name(key, "dropout")
   )
   features, logits = (
-    _at_least_float32(x).reshape(count, domains, -1) for x in (features, logits)
+    widen(x).reshape(count, domains, -1) for x in (features, logits)
   )
   # The loss is linear in the targets: mixed targets are mixed losses.
   targets = mix(make_targets(labels, logits.shape[-1], label_smoothing))
@@ -302,9 +305,9 @@ def _fishr(
   """The averages start at 0 and are compared divided by 1 - ema, as in
   DomainBed: so the gradient through the newest variances is free of ema.
   """
-  head = _find_head(seen.params, seen.head_path)
+  kernel, bias = LinearHead(seen.head_path).of(seen.params)
   moments = jax.vmap(head_moments, in_axes=(1, None, None, 1))(
-    seen.features, head["kernel"], head["bias"], seen.targets
+    seen.features, kernel, bias, seen.targets
   )
 
   def smooth(old: jax.Array, m1: jax.Array, m2: jax.Array) -> jax.Array:
@@ -315,7 +318,7 @@ def _fishr(
 
   averages = jax.tree.map(smooth, seen.memory, *moments)
   squares = jax.tree.leaves(jax.tree.map(sum_of_squares, averages))
-  penalty = jnp.stack(squares).sum() / tree.count_params(head)
+  penalty = jnp.stack(squares).sum() / tree.count_params((kernel, bias))
   weight_now = jnp.where(seen.step >= anneal_steps, weight, 0.0)
   loss = jnp.mean(seen.losses) + weight_now * penalty
   memory = jax.tree.map(
@@ -395,27 +398,3 @@ def _check_batch(
       f"data.images_per_domain={count} must be at least 2"
     )
   return images, labels
-
-
-def _merge(x: jax.Array) -> jax.Array:
-  """[s, n, ...] -> [n s, ...]: n, which may be sharded, is the major axis, so
-  that no image changes its device.
-  """
-  return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-
-def _find_head(params: PyTree, path: str) -> dict[str, jax.Array]:
-  """The kernel [d, k] and the bias [k]."""
-  found = params
-  for name in path.split("/"):
-    found = found.get(name) if isinstance(found, Mapping) else None
-  if not isinstance(found, Mapping) or not {"kernel", "bias"} <= set(found):
-    raise UserError(
-      f"fishr: head_path={path!r} has no kernel and bias; the parameters hold "
-      f"{', '.join(params)}"
-    )
-  return {"kernel": found["kernel"], "bias": found["bias"]}
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -26,6 +26,7 @@ from udim.heads import AnyHead, Head, HeadLoss, LinearHead
 from udim.inconsistency import (
   accumulated_gradient,
   mean_over_batches,
+  merge_domains,
   moments_inconsistency,
 )
 from udim.perturb import exact_data_grad, perturb_images
@@ -172,9 +173,7 @@ def _make_head(
 def _flatten(
   batch: Batch, *, any_label: bool
 ) -> tuple[jax.Array, jax.Array, int]:
-  """[s, n, ...] -> [n s, ...]: n, which may be sharded, is the major axis, so
-  that no image changes its device.
-  """
+  """The images and labels of all domains in a row, and how many domains."""
   images, labels = batch["image"], batch["label"]
   is_soft = not jnp.issubdtype(labels.dtype, jnp.integer)
   fits = labels.ndim >= 2 if any_label else labels.ndim == 2 + is_soft
@@ -188,10 +187,7 @@ def _flatten(
       f"udim: images of {images.dtype} have no gradient: scale them to floats"
     )
 
-  def flat(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-
-  return flat(images), flat(labels), labels.shape[0]
+  return merge_domains(images), merge_domains(labels), labels.shape[0]
 
 
 def _check_counts(count: int, term_images: int, accum: int) -> None:
