@@ -233,7 +233,12 @@ def _read_json(path: Any) -> dict[str, Any]:
   try:
     content = json.loads(path.read_text())
   except FileNotFoundError:
-    raise UserError(f"{path} is missing: is this a run's folder?") from None
+    hint = "is this a run's folder?"
+    if (path.parent / "runs").is_dir():
+      hint = (
+        "it holds several runs; name one, or repeat the command that made it"
+      )
+    raise UserError(f"{path} is missing: {hint}") from None
   except ValueError as error:
     raise UserError(f"{path} is damaged: {error}") from None
   if not isinstance(content, dict):

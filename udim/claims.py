@@ -78,11 +78,12 @@ EQUALITIES = (
 )  # fmt: skip
 
 
-def claims_section(scores: Scores) -> str:
+def claims_section(scores: Scores, *, tuned: bool = True) -> str:
   """Every claim with its paired test, Holm's correction over all of them.
 
   Args:
     scores: `(label, method) -> {seed: accuracy}`, empty for what was not run.
+    tuned: whether settings were chosen by something else than the targets.
 
   Returns:
     Markdown, "" where there is nothing to claim.
@@ -110,6 +111,11 @@ def claims_section(scores: Scores) -> str:
     "corrected for the number of claims on this page. One is worth another if "
     f"the 95 % interval lies within ± {100 * SAME:g} points."
   )
+  if not tuned:
+    note = (
+      "Nothing was tuned for this page, so a claim that holds here holds for "
+      f"these settings alone. {note}"
+    )
   return f"## What holds\n\n{note}\n\n" + markdown_table(header, rows)
 
 

@@ -46,13 +46,16 @@ def compare(config: Any, workdir: str) -> str:
 
   jobs_lib.check_compare(config)
   folder = epath.Path(workdir)
-  config_lib.check_resume(folder, config, free=(*FREE, *_FREE))
+  labels = jobs_lib.split_labels(config.compare.algorithms)
+  # A start that failed took nothing: only results make a folder's settings law.
+  if any(folder.glob("runs/*/*/*/result.json")):
+    config_lib.check_resume(folder, config, free=(*FREE, *_FREE))
+  _try(config, labels)
   is_writer = jax.process_index() == 0
   if is_writer:
     folder.mkdir(parents=True, exist_ok=True)
     config_lib.save_config(folder, config)
   runner = Runner(folder)
-  labels = jobs_lib.split_labels(config.compare.algorithms)
   draws: Any = range(config.search.draws)
   if config.search.chosen:
     draws = jobs_lib.chosen_draws(config)
@@ -76,6 +79,19 @@ def compare(config: Any, workdir: str) -> str:
       path = write_comparison(folder, config, results)
   log.info("report: %s", path)
   return path
+
+
+def _try(config: Any, labels: Sequence[str]) -> None:
+  """Builds the first run, so that what is missing is told before a folder is
+  taken.
+  """
+  from udim import jobs as jobs_lib
+  from udim.train import make_setup
+
+  jobs = jobs_lib.make_jobs(config, labels, [config.compare.first_seed], [0])
+  if jobs:
+    first = jobs[0].config
+    make_setup(first, jobs_lib.load_shared(first.data.source))
 
 
 def tune(
@@ -260,7 +276,7 @@ def _line(number: int, of: int, job: Any, result: Any, took: str) -> str:
 
 if __name__ == "__main__":
   app.run(
-    lambda config, workdir: print(compare(config, workdir)),
+    compare,
     name="udim",
     description="Compares algorithms on the same data and seeds.",
     example=EXAMPLE,

@@ -9,6 +9,11 @@ from common import app
 from common.flags import Parser
 
 EXAMPLE = "python -m udim.evaluate --run runs/udim-train"
+_MEANS = {
+  "val": "over the sources' held-out parts",
+  "target": "over the targets without their held-out parts",
+  "reference": "over images like the sources'",
+}
 
 
 def main() -> None:
@@ -22,14 +27,14 @@ def main() -> None:
   parser.add_argument(
     "--step",
     default="best",
-    help="which checkpoint: best (by the sources' held-out images), last, or "
-    "a number",
+    help="which checkpoint: best (the default; by the sources' held-out "
+    "images), last, or a number",
   )
   parser.add_argument(
     "--folder",
     default="",
     help="images of your own, FOLDER/domain/class/image, in place of the run's "
-    "data",
+    "data; domains called like sources of the run count as such",
   )
   parser.add_argument("--batch_size", type=int, default=0, help="0: the run's")
   parser.add_argument("--json", action="store_true", help="print JSON")
@@ -52,6 +57,7 @@ class TrainedRun(NamedTuple):
     config: of the training.
     classes: names; label k is `classes[k]`.
     image_shape: [height, width, channels] that it was trained on.
+    sources: the domains that it was trained on.
     apply_fn: see `udim.models.make_apply_fn`.
     params, batch_stats: its variables.
   """
@@ -60,6 +66,7 @@ class TrainedRun(NamedTuple):
   config: Any
   classes: tuple[str, ...]
   image_shape: list[int]
+  sources: tuple[str, ...]
   apply_fn: Any
   params: Any
   batch_stats: Any
@@ -85,6 +92,8 @@ def load_run(run_dir: str | os.PathLike, *, step: str = "best") -> TrainedRun:
   from udim.models import make_apply_fn, make_model
 
   config = load_config(run_dir)
+  if "algorithm" not in config:
+    raise UserError(f"{run_dir} holds a run of another kind, not of udim.main")
   if (_path(run_dir) / "runs").exists():
     raise UserError(
       f"{run_dir} holds a comparison, not a training: name one of its runs, "
@@ -102,7 +111,7 @@ def load_run(run_dir: str | os.PathLike, *, step: str = "best") -> TrainedRun:
   params, stats = jax.tree.map(jnp.asarray, (params, stats))
   return TrainedRun(
     found, config, tuple(facts["classes"]), facts["image_shape"],
-    make_apply_fn(model), params, stats,
+    tuple(facts["sources"]), make_apply_fn(model), params, stats,
   )  # fmt: skip
 
 
@@ -132,7 +141,8 @@ def evaluate_run(run: TrainedRun, *, folder: str = "") -> dict[str, Any]:
 
   Args:
     run: from `load_run`.
-    folder: a tree domain/class/image with the run's classes.
+    folder: a tree domain/class/image with the run's classes. A domain that is
+      called like a source of the run counts as one, not as a target.
 
   Returns:
     `role_part/domain` -> `udim.scores.Score`; see `udim.scores.make_parts`.
@@ -149,7 +159,9 @@ def evaluate_run(run: TrainedRun, *, folder: str = "") -> dict[str, Any]:
     domains = _own_images(run, folder).domains
     # Nothing of them is held out.
     parts = tuple(Split(d.name, d, d.select([])) for d in domains)
-    splits = RunSplits(sources=(), targets=parts, references=())
+    seen = tuple(part for part in parts if part.name in run.sources)
+    new = tuple(part for part in parts if part.name not in run.sources)
+    splits = RunSplits(sources=seen, targets=new, references=())
   else:
     from udim.domains import load_domains
 
@@ -200,9 +212,10 @@ def _table(run: TrainedRun, scores: Mapping[str, Any]) -> str:
       f"{name:{width}s}  {100 * one.accuracy:6.2f} %  {one.loss:6.3f}  "
       f"{one.count:6d}"
     )
-  for title in ("val", "target", "reference"):
+  for title in _MEANS:
     if f"{title}/accuracy" in means:
-      lines.append(f"mean {title}: {100 * means[f'{title}/accuracy']:.2f} %")
+      value = 100 * means[f"{title}/accuracy"]
+      lines.append(f"mean {title}: {value:.2f} % ({_MEANS[title]})")
   return "\n".join(lines)
 
 

@@ -9,8 +9,8 @@ INTRO = (
   "A classifier trained on some domains and measured on others. `val` is the "
   "mean over the sources' held-out images, by which models are selected; "
   "`target` the mean over the domains that training does not see, "
-  "`reference` over images like the sources'. All accuracies are shares, all "
-  "losses nats."
+  "`reference` over images like the sources'. All accuracies are shares of "
+  "1, all losses nats."
 )
 
 

@@ -14,6 +14,7 @@ import optax
 from common.data.loader import Batches
 from udim.augment import make_transform
 from udim.data import eval_batches
+from udim.domains import Domain
 from udim.passes import ApplyFn
 from udim.splits import RunSplits
 
@@ -153,14 +154,23 @@ def make_parts(
       batch_size=min(config.evaluation.batch_size, len(part)),
       transform=transform,
       sharding=sharding,
-      # Processes of their own do not pay for images that are there already.
-      workers=0 if part.arrays(np.zeros(1, int)) else config.data.workers,
+      workers=_workers_for(part, config),
       threads=config.data.threads,
     )
     for role, parts in chosen.items()
     for name, part in parts
     if len(part)
   }
+
+
+def _workers_for(part: Domain, config: Any) -> int:
+  """Processes of their own do not pay for images that are there already, nor
+  for a single batch.
+  """
+  is_single = len(part) <= config.evaluation.batch_size
+  return (
+    0 if is_single or part.arrays(np.zeros(1, int)) else config.data.workers
+  )
 
 
 def summary(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -83,7 +83,7 @@ def write_comparison(
   parts = [_head(folder, config, table)]
   methods = [m for m in METHODS if any(table.of(x, m) for x in order)]
   parts += [_accuracy_section(table, method) for method in methods]
-  parts.append(claims_section(table.scores))
+  parts.append(claims_section(table.scores, tuned=_is_tuned(config)))
   parts.append(_domain_section(table))
   parts.append(cost_section(table))
   parts.append(landscape_section(table))
@@ -92,6 +92,11 @@ def write_comparison(
   text = "\n\n".join(part.strip() for part in parts if part) + "\n"
   files.replace(folder / FILE_NAME, text)
   return os.fspath(folder / FILE_NAME)
+
+
+def _is_tuned(config: Any) -> bool:
+  """Whether other seeds, or another comparison, chose the settings."""
+  return bool(config.search.tuning_seeds or config.search.chosen)
 
 
 def _head(folder: Any, config: Any, table: Comparison) -> str:
@@ -121,7 +126,7 @@ def _head(folder: Any, config: Any, table: Comparison) -> str:
     "at first, the same batches and the same splits. A seed moves everything "
     "that is random, the data's corruptions too."
   )
-  if not config.search.tuning_seeds and not config.search.chosen:
+  if not _is_tuned(config):
     intro += (
       " Nothing was tuned for this page: settings are the configuration's, or "
       "each run chose among its own draws; those of the digits were known to "

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -112,7 +113,7 @@ def make_setup(config: Any, domain_set: DomainSet | None = None) -> Setup:
   domain_set = domain_set or load_domains(config.data.source)
   model = make_model(config.model, len(domain_set.classes))
   apply_fn = make_apply_fn(model)
-  _check_batch_norm(config.model)
+  _check_weights(config.model)
   algorithm = make_algorithm(config, apply_fn, tx)
   run = chosen_run(config, domain_set)
   if algorithm.name in NEEDS_DOMAINS and len(run.sources) < 2:
@@ -179,7 +180,13 @@ def check_values(config: Any) -> None:
              what="swad")  # fmt: skip
 
 
-def _check_batch_norm(model: Any) -> None:
+def _check_weights(model: Any) -> None:
+  path = model.pretrained
+  if path and not os.path.isfile(os.path.expanduser(path)):
+    raise UserError(
+      f"model.pretrained={path!r}: no such file; name one of torchvision's, "
+      "timm's or transformers', or set model.pretrained= for fresh weights"
+    )
   normalises = model.name.startswith(("wrn", "resnet"))
   if normalises and model.batch_norm == "frozen" and not model.pretrained:
     raise UserError(

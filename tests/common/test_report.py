@@ -312,3 +312,9 @@ def test_a_log_axis_without_positive_values_has_nothing_to_draw():
 def test_plots_check_themselves(options):
   with pytest.raises(ValueError, match="'My plot'"):
     Plot("My plot", ("a",), **options)
+
+
+def test_a_folder_of_several_runs_says_so(tmp_path):
+  (tmp_path / "runs").mkdir()
+  with pytest.raises(UserError, match=r"report\.json is missing: it holds"):
+    ReportSpec.load(tmp_path)

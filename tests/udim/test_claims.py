@@ -79,6 +79,14 @@ def test_what_was_not_run_is_not_claimed():
   ]
 
 
+def test_a_page_without_tuning_says_so():
+  def scores(label, method):
+    return {s: 0.7 + NOISE[s] for s in SEEDS}
+
+  assert "Nothing was tuned" in claims_section(scores, tuned=False)
+  assert "Nothing was tuned" not in claims_section(scores)
+
+
 def test_one_seed_is_no_test():
   text = claims_section(lambda label, method: {0: 0.7})
   assert "one seed: no test" in text

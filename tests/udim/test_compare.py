@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from common.config import save_config
 from common.errors import UserError
 from configs.udim import get_config
 from udim import compare as compare_lib
@@ -229,6 +230,30 @@ def test_another_configuration_is_refused(finished):
     compare(config, str(finished))
 
 
+@pytest.mark.parametrize(
+  ("section", "key", "value", "message"),
+  [
+    ("model", "pretrained", "no.pth", r"model\.pretrained='no\.pth': no such"),
+    ("source", "kind", "folder", r"data\.source\.path"),
+  ],
+)
+def test_a_start_that_fails_takes_no_folder(
+  tmp_path, section, key, value, message
+):
+  folder = tmp_path / "mine"
+  config = make_config("erm", seeds=1, landscape=False)
+  part = config.data.source if section == "source" else config[section]
+  part[key] = value
+  with pytest.raises(UserError, match=message):
+    compare(config, str(folder))
+  assert not folder.exists()
+  # Nor does one that was stopped before its first run was done.
+  folder.mkdir()
+  save_config(folder, config)
+  compare(make_config("erm", seeds=1, landscape=False), str(folder))
+  assert len(results_of(folder)) == 1
+
+
 def test_a_variant_with_another_meaning_is_refused(tmp_path):
   config = make_config("udim_pen", seeds=1, landscape=False)
   compare(config, str(tmp_path))
@@ -357,4 +382,4 @@ def test_as_a_process(tmp_path):
   assert done.returncode == 0, done.stderr
   lines = [x for x in done.stderr.splitlines() if x.startswith("[")]
   assert [line.split()[0] for line in lines] == ["[1/2]", "[2/2]"]
-  assert done.stdout.strip().endswith("report.md")
+  assert done.stderr.strip().endswith("report.md")

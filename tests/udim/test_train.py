@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from ml_collections import ConfigDict
 
 from common.checkpoint import load_params
+from common.config import save_config
 from common.errors import UserError
 from common.metrics import read_metrics
 from configs.udim import get_config
@@ -301,6 +303,30 @@ def test_images_of_ones_own(straight, tmp_path):
   (tmp_path / "set/mine/0").rename(tmp_path / "set/mine/zero")
   with pytest.raises(UserError, match=r"the classes are .*zero"):
     evaluate_run(run, folder=str(tmp_path / "set"))
+
+
+def test_domains_called_like_sources_are_no_targets(straight, tmp_path):
+  from PIL import Image
+
+  run = load_run(straight)
+  assert run.sources == ("clean",)
+  run.config.data.image_size = 8
+  run = run._replace(image_shape=[8, 8, 3], apply_fn=lambda *_, **__: (
+    None, np.zeros((len(run.classes), len(run.classes))), {}
+  ))  # fmt: skip
+  for domain in ("clean", "other"):
+    for name in run.classes:
+      path = tmp_path / domain / name / "x.png"
+      path.parent.mkdir(parents=True)
+      Image.new("RGB", (8, 8)).save(path)
+  scores = evaluate_run(run, folder=str(tmp_path))
+  assert sorted(scores) == ["source_main/clean", "target_main/other"]
+
+
+def test_a_run_of_another_kind_is_one_line(tmp_path):
+  save_config(tmp_path, ConfigDict({"mode": "train"}))
+  with pytest.raises(UserError, match=r"a run of another kind"):
+    load_run(tmp_path)
 
 
 @pytest.mark.parametrize(
