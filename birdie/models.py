@@ -22,7 +22,7 @@ import numpy as np
 
 from common.config import did_you_mean
 from common.errors import UserError
-from common.parallel import linear_scan
+from common.parallel import constrain, linear_scan
 from common.parallel.scan import IMPLEMENTATIONS
 
 Array = jax.Array
@@ -133,25 +133,6 @@ def boundaries(segment_ids: Array, prefix: Array, *, mode: str):
     following = jnp.concatenate([prefix[:, 1:], ~edge], axis=1)
     backward |= ~following
   return forward, backward
-
-
-def _constrain(x: Array, *axes: Any) -> Array:
-  """Places `x` on the current mesh; axes that this does not have count as None.
-
-  Left alone, the compiler follows the parameters: it cuts the width over
-  `fsdp`, and every device of that axis computes the whole batch.
-  """
-  names = jax.sharding.get_abstract_mesh().axis_names
-  if not names:
-    return x
-
-  def known(entry):
-    if isinstance(entry, tuple):
-      return tuple(name for name in entry if name in names)
-    return entry if entry in names else None
-
-  spec = jax.P(*map(known, axes))
-  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def _leave(x: Array, *axes: Any) -> Array:
@@ -375,7 +356,7 @@ class GatedSSM(nn.Module):
     )
     # While decoding or initializing, rows may be any number and lie anywhere.
     free = decoding or self.is_initializing()
-    place = _leave if free else _constrain
+    place = _leave if free else constrain
     rows = (("data", "fsdp"), self.seq_axis, None)
     # Gathered over fsdp like every other parameter: a lookup in a table that
     # is cut by width would gather the batch instead.

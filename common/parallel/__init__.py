@@ -6,6 +6,7 @@ _EXPORTS = {
   "linear_scan": "common.parallel.scan",
   "make_mesh": "common.parallel.mesh",
   "batch_sharding": "common.parallel.mesh",
+  "constrain": "common.parallel.mesh",
   "replicated": "common.parallel.mesh",
   "on_device": "common.parallel.mesh",
   "from_host": "common.parallel.mesh",

@@ -56,6 +56,26 @@ def batch_sharding(mesh: Mesh, *, seq: bool = False) -> NamedSharding:
   return NamedSharding(mesh, jax.P(("data", "fsdp"), "seq" if seq else None))
 
 
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+  """Places `x` on the current mesh, one entry a dimension.
+
+  Left alone, the compiler follows the parameters: it cuts the width over
+  `fsdp`, and every device of that axis computes the whole batch. Axes that the
+  mesh lacks count as None, and without a mesh nothing happens.
+  """
+  names = jax.sharding.get_abstract_mesh().axis_names
+  if not names:
+    return x
+
+  def known(entry):
+    if isinstance(entry, tuple):
+      return tuple(name for name in entry if name in names)
+    return entry if entry in names else None
+
+  spec = jax.P(*map(known, axes))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same array on every device."""
   return NamedSharding(mesh, jax.P())
