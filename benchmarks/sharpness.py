@@ -40,8 +40,8 @@ import jax
 import optax
 
 from common import optim
+from common.statistics import interval
 from udim import UdimConfig, udim, udim_grads, udim_passes
-from udim.statistics import interval
 
 PyTree = Any
 Batch = dict[str, jax.Array]

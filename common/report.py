@@ -61,12 +61,15 @@ class ReportSpec:
     intro: Markdown under the title.
     plots: figures, in order.
     tables: tables of values, in order.
+    pages: Markdown files in the run's folder that follow the tables, as soon
+      as they are there.
   """
 
   title: str
   intro: str = ""
   plots: tuple[Plot, ...] = ()
   tables: tuple[Table, ...] = ()
+  pages: tuple[str, ...] = ()
 
   def save(self, workdir: str | os.PathLike[str]) -> None:
     """Writes `report.json`."""
@@ -88,6 +91,7 @@ class ReportSpec:
         intro=content["intro"],
         plots=tuple(Plot(**plot) for plot in content["plots"]),
         tables=tuple(Table(**table) for table in content["tables"]),
+        pages=tuple(content.get("pages", ())),
       )
     except (KeyError, TypeError, ValueError) as error:
       raise UserError(f"{path} is damaged: {error!r}") from None
@@ -122,6 +126,8 @@ def write_report(workdir: str | os.PathLike[str]) -> str:
     raise UserError(f"no metrics in {folder} yet: nothing to report")
   parts = [f"# {spec.title}", spec.intro, _run_section(config, facts, lines)]
   parts += [_table_section(table, lines) for table in spec.tables]
+  pages = [folder / page for page in spec.pages]
+  parts += [page.read_text() for page in pages if page.exists()]
   parts += _plot_sections(spec.plots, lines, folder)
   parts.append(_config_section(config))
   text = "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"

@@ -46,6 +46,38 @@ class RngStreams:
     }
 
 
+def hash_bits(key: jax.Array, shape: Sequence[int], stream: int = 0):
+  """Random bits from a hash, for masks.
+
+  Each place's number is mixed with the key by MurmurHash3's finalizer, twice.
+  It is no generator for science, but compiles and runs many times faster on a
+  CPU than Threefry, and an array that is cut over devices is made where it is.
+
+  Args:
+    key: a key of two words, such as `jax.random.key` makes.
+    shape: of the result, less than 2^32 numbers.
+    stream: another number, other bits.
+
+  Returns:
+    Uint32 of that shape.
+  """
+  words = jax.random.key_data(key).astype(jnp.uint32)
+  place = jnp.zeros(shape, jnp.uint32)
+  for axis, size in enumerate(shape):
+    own = jax.lax.broadcasted_iota(jnp.uint32, tuple(shape), axis)
+    place = place * jnp.uint32(size) + own
+  bits = mix_bits(place ^ words[..., 0])
+  step = jnp.uint32((stream * 0x9E3779B9) & 0xFFFF_FFFF)
+  return mix_bits(bits + (words[..., 1] ^ step))
+
+
+def mix_bits(x: jax.Array) -> jax.Array:
+  """Spreads the bits of each uint32: the finalizer of MurmurHash3."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
 def np_rng(seed: int, name: str, *counters: int) -> np.random.Generator:
   """A host generator that is a pure function of its arguments.
 

@@ -16,6 +16,8 @@ from common.tree import global_norm
 PyTree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, Mean]
+# Further metrics that follow from a step's gradients.
+GradMetrics = Callable[[PyTree], Metrics]
 LossFn = Callable[
   [PyTree, Batch, dict[str, jax.Array]], tuple[jax.Array, Metrics]
 ]
@@ -43,6 +45,7 @@ def make_train_step(
   streams: RngStreams,
   *,
   accum: int = 1,
+  grad_metrics: GradMetrics | None = None,
 ) -> StepFn:
   """Makes the jitted step `(state, batch) -> (state, metrics)`.
 
@@ -62,6 +65,7 @@ def make_train_step(
     tx: the optimizer.
     streams: random streams; micro-batch `i` sees each key folded with `i`.
     accum: number of micro-batches; divides the batch's first axis.
+    grad_metrics: gradients -> what else to report.
 
   Returns:
     The step function. Its first call compiles, later ones do not.
@@ -88,6 +92,8 @@ def make_train_step(
       "update_norm": Mean.of(global_norm(updates)),
       "param_norm": Mean.of(global_norm(params)),
     }
+    if grad_metrics is not None:
+      metrics |= grad_metrics(grads)
     new_state = dataclasses.replace(
       state, step=state.step + 1, params=params, opt_state=opt_state
     )

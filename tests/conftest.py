@@ -7,6 +7,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+# Tests compile far more than they compute. XLA reads this as jax starts, here
+# and in the processes that tests start.
+os.environ["XLA_FLAGS"] = " ".join(
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+  ]
+)
+
 import jax
 import pytest
 from absl import flags

@@ -11,6 +11,18 @@ _EXPORTS = {
   "cross_entropy_loss": "thor.losses",
   "symmetric_kl": "thor.losses",
   "smoothed_cross_entropy": "thor.losses",
+  "Settings": "thor.settings",
+  "Transformer": "thor.model",
+  "init_params": "thor.model",
+  "Routing": "thor.routing",
+  "Routes": "thor.routing",
+  "train_routes": "thor.routing",
+  "Dispatch": "thor.dispatch",
+  "prepare": "thor.dispatch",
+  "export_dense": "thor.paths",
+  "Search": "thor.decode",
+  "beam_search": "thor.decode",
+  "load_run": "thor.run",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from common.config import did_you_mean
 from common.errors import UserError
+from common.rngs import mix_bits
 from thor.layers import Array
 from thor.paths import mean_weights, take_path
 from thor.routing import Routes, Routing
@@ -80,7 +81,7 @@ class Dispatch:
         f"dispatch={text!r} does not go with routing.kind={routing.kind!r}"
         f"{did_you_mean(name, allowed)}"
       )
-    if (name in NUMBERED) != bool(colon) or (colon and not number.isdigit()):
+    if (name in NUMBERED) != bool(colon) or (colon and not number.isdecimal()):
       wanted = f"{name}:2" if name in NUMBERED else name
       raise UserError(f"dispatch={text!r}: write {wanted}")
     value = int(number or 0)
@@ -104,7 +105,7 @@ class Prepared:
     table: int [v], of hash.
     settings: of the model that `params` are for.
     name: of the dispatch.
-    members: m; 0 where there is no ensemble.
+    members: m; 0 where there is no ensemble, or all of it would be the same.
   """
 
   params: PyTree
@@ -237,7 +238,7 @@ def prepare(
     params, settings = take_path(params, settings, path)
   elif name == "average_weight":
     params, settings = mean_weights(params, settings)
-  elif name == "ensemble":
+  elif name == "ensemble" and count:
     members = dispatch.number
     paths = draw_paths(key, members, count, settings.experts)
     params, settings = _ensemble(params, settings, paths)
@@ -269,15 +270,8 @@ def sentence_keys(source: Array, pad_id: int) -> Array:
     pad_id: what padding is.
   """
   places = jnp.arange(1, source.shape[1] + 1, dtype=jnp.uint32)
-  mixed = _mix(
+  mixed = mix_bits(
     source.astype(jnp.uint32) + (places * jnp.uint32(0x9E3779B9))[None]
   )
   kept = jnp.where(source == pad_id, jnp.uint32(0), mixed)
-  return _mix(jnp.sum(kept, axis=1, dtype=jnp.uint32))
-
-
-def _mix(x: Array) -> Array:
-  """Spreads 32 bits: the finalizer of MurmurHash3."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  return mix_bits(jnp.sum(kept, axis=1, dtype=jnp.uint32))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from common.errors import UserError
 from common.parallel import experts as stacks
-from thor.layers import NO_DROPOUT, Array, Dropout
+from thor.layers import NO_DROPOUT, Array, Dropout, Site
+from thor.routing import row_shards
 from thor.settings import Settings
 
 
@@ -48,7 +49,8 @@ def run_experts(
   if settings.gated:
     probs = gate_probs(params["gate"], x, settings.jitter, dropout)
     ids = jnp.argmax(probs, axis=-1) if ids is None else ids
-    weight = jnp.take_along_axis(probs, ids[..., None], axis=-1)
+    each = _by_token(ids, mask.shape)
+    weight = jnp.take_along_axis(probs, each[..., None], axis=-1)
     balance = balance_loss(probs, ids, mask)
   if ids is None:
     if settings.experts > 1 and how != "averaged":
@@ -85,7 +87,7 @@ def _run(
     return stacks.averaged(stack, x, activation=activate), all_kept
   if how == "one":
     keep = dropout.keep(
-      (rows, length, settings.hidden), settings.activation_dropout, 5
+      (rows, length, settings.hidden), settings.activation_dropout, Site.HIDDEN
     )
     out = stacks.selected(
       stack, x, ids, activation=activate, placement=placement,
@@ -98,7 +100,7 @@ def _run(
       "where one expert serves the whole batch: set it to 0"
     )
   if ids.ndim == 1:
-    ids = jnp.broadcast_to(ids[:, None], (rows, length))
+    ids = _by_token(ids, (rows, length))
   if how == "capacity":
     train = dropout.key is not None
     factor = settings.capacity if train else settings.eval_capacity
@@ -121,6 +123,11 @@ def _with_room(settings, stack, x, ids, mask, factor, placement):
   if len(x) % groups:
     raise UserError(
       f"routing.groups={groups} does not divide the {len(x)} rows of a batch"
+    )
+  if placement is not None and groups % row_shards():
+    raise UserError(
+      f"routing.groups={groups} does not divide among the {row_shards()} "
+      "devices that rows are cut along: choose a multiple"
     )
   size = x.shape[0] * x.shape[1] // groups
   out, has_room = stacks.capacity(
@@ -154,7 +161,7 @@ def gate_probs(
   """
   x = x.astype(jnp.float32)
   if dropout.key is not None and jitter:
-    key = jax.random.fold_in(dropout.key, 7)
+    key = jax.random.fold_in(dropout.key, int(Site.GATE))
     x = x * jax.random.uniform(
       key, x.shape, minval=1 - jitter, maxval=1 + jitter
     )
@@ -171,9 +178,14 @@ def load_of(ids: Array, mask: Array, experts: int) -> Array:
   """
   if ids.ndim == 2:
     ids = ids[:, : mask.shape[1]]
-  ids = jnp.broadcast_to(ids if ids.ndim != 1 else ids[:, None], mask.shape)
+  ids = _by_token(ids, mask.shape)
   counts = jnp.zeros(experts).at[ids].add(mask.astype(jnp.float32))
   return counts / jnp.maximum(jnp.sum(mask), 1)
+
+
+def _by_token(ids: Array, shape: tuple[int, ...]) -> Array:
+  """Ids [], [b] or [b t] -> [b t]."""
+  return jnp.broadcast_to(ids[:, None] if ids.ndim == 1 else ids, shape)
 
 
 def balance_loss(probs: Array, ids: Array, mask: Array) -> Array:

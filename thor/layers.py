@@ -8,13 +8,17 @@ as in fairseq's and the authors' models. Initial values are fairseq's.
 """
 
 import dataclasses
+import enum
 import functools
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from common.rngs import hash_bits
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -29,9 +33,22 @@ _EPSILON = 1e-5  # of the norms
 _NEVER = -1e9  # a logit; finite, so that rows without any key have no NaN
 
 
+class Site(enum.IntEnum):
+  """Where a layer draws; each place has bits of its own."""
+
+  EMBEDDING = 0
+  ATTENTION = 1
+  ATTENTION_WEIGHTS = 2
+  CROSS_ATTENTION = 3
+  CROSS_ATTENTION_WEIGHTS = 4
+  FEED_FORWARD = 5
+  HIDDEN = 6
+  GATE = 7
+
+
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-  """Drops values, each call site with a key of its own.
+  """Drops values.
 
   Attributes:
     key: of a layer and a pass; None drops nothing.
@@ -39,19 +56,20 @@ class Dropout:
 
   key: Array | None
 
-  def __call__(self, x: Array, rate: float, site: int) -> Array:
+  def __call__(self, x: Array, rate: float, site: Site) -> Array:
     """Returns x with a share `rate` 0 and the rest over 1 - rate."""
     keep = self.keep(x.shape, rate, site)
     return x if keep is None else x * keep.astype(x.dtype)
 
   def keep(
-    self, shape: tuple[int, ...], rate: float, site: int
+    self, shape: tuple[int, ...], rate: float, site: Site
   ) -> Array | None:
-    """What a layer is multiplied by; None for nothing."""
+    """What is multiplied: 0 or 1 / (1 - rate). None for nothing."""
     if self.key is None or not rate:
       return None
-    key = jax.random.fold_in(self.key, site)
-    return jax.random.bernoulli(key, 1 - rate, shape) / (1 - rate)
+    bits = hash_bits(self.key, shape, int(site))
+    kept = bits >= jnp.uint32(round(rate * 2**32))
+    return kept.astype(jnp.float32) / (1 - rate)
 
 
 NO_DROPOUT = Dropout(None)
@@ -95,6 +113,7 @@ def attention(
   *,
   dropout: Dropout = NO_DROPOUT,
   rate: float = 0.0,
+  site: Site = Site.ATTENTION_WEIGHTS,
 ) -> Array:
   """Scaled dot-product attention.
 
@@ -106,6 +125,7 @@ def attention(
       none may be, all are, alike.
     dropout: of the weights.
     rate: its rate.
+    site: whose draw it is.
 
   Returns:
     [b t d].
@@ -118,7 +138,7 @@ def attention(
   logits = jnp.einsum("bthe,bshe->bhts", query, key).astype(jnp.float32)
   mask = jnp.broadcast_to(mask, logits.shape)
   weights = jax.nn.softmax(jnp.where(mask, logits, _NEVER))
-  weights = dropout(weights, rate, 0).astype(x.dtype)
+  weights = dropout(weights, rate, site).astype(x.dtype)
   mixed = jnp.einsum("bhts,bshe->bthe", weights, value)
   return joined(params["out"], mixed)
 
@@ -147,48 +167,80 @@ def sinusoids(length: int, width: int, *, kind: str, start: int = 0) -> Any:
   return table.astype(np.float32)
 
 
-def init_attention(key: Array, width: int, heads: int) -> dict:
+class Uniform(NamedTuple):
+  """An array to be drawn, uniform in (-bound, bound)."""
+
+  shape: tuple[int, ...]
+  bound: float
+
+
+def attention_init(width: int, heads: int) -> dict:
   """Xavier, by 1 / sqrt(2) for query, key and value; their biases as torch's
-  linear layers have them, the output's 0.
+  linear layers have them, the output's 0. See `drawn`.
   """
-  parts = jax.random.split(key, 7)
   bound = (6 / (2 * width)) ** 0.5
   shape, bias = (width, heads, width // heads), (heads, width // heads)
   made = {
     name: {
-      "kernel": uniform(parts[2 * i], shape, bound * 2**-0.5),
-      "bias": uniform(parts[2 * i + 1], bias, width**-0.5),
+      "kernel": Uniform(shape, bound * 2**-0.5),
+      "bias": Uniform(bias, width**-0.5),
     }
-    for i, name in enumerate(("query", "key", "value"))
+    for name in ("query", "key", "value")
   }
-  out = uniform(parts[6], (heads, width // heads, width), bound)
+  out = Uniform((heads, width // heads, width), bound)
   return {**made, "out": {"kernel": out, "bias": jnp.zeros(width)}}
 
 
-def init_feed_forward(
-  key: Array, width: int, hidden: int, experts: int | None = None
+def feed_forward_init(
+  width: int, hidden: int, experts: int | None = None
 ) -> dict:
-  """As torch's linear layers; with `experts` that many, each drawn alone."""
-  parts = jax.random.split(key, 4)
+  """As torch's linear layers; with `experts` that many. See `drawn`."""
   lead = () if experts is None else (experts,)
   inner, outer = width**-0.5, hidden**-0.5
   return {
     "up": {
-      "kernel": uniform(parts[0], (*lead, width, hidden), inner),
-      "bias": uniform(parts[1], (*lead, hidden), inner),
+      "kernel": Uniform((*lead, width, hidden), inner),
+      "bias": Uniform((*lead, hidden), inner),
     },
     "down": {
-      "kernel": uniform(parts[2], (*lead, hidden, width), outer),
-      "bias": uniform(parts[3], (*lead, width), outer),
+      "kernel": Uniform((*lead, hidden, width), outer),
+      "bias": Uniform((*lead, width), outer),
     },
   }
 
 
-def init_norm(width: int) -> dict:
+def norm_init(width: int) -> dict:
   """The identity's scale and offset."""
   return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
-def uniform(key: Array, shape: tuple[int, ...], bound: float) -> Array:
-  """Uniform in (-bound, bound)."""
-  return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+def drawn(key: Array, tree: Any, *, at_once: bool = True) -> Any:
+  """A tree with its `Uniform`s drawn.
+
+  Args:
+    key: of the draws.
+    tree: of `Uniform`s and arrays.
+    at_once: cut all of them from one draw: many small ones compile slowly.
+      Not for arrays that no device should hold as a whole.
+  """
+  leaves, form = jax.tree.flatten(tree, is_leaf=_is_uniform)
+  asked = [leaf for leaf in leaves if _is_uniform(leaf)]
+  if at_once:
+    ends = np.cumsum([math.prod(one.shape) for one in asked])
+    flat = jax.random.uniform(key, (int(ends[-1]),), minval=-1, maxval=1)
+    values = iter(jnp.split(flat, ends[:-1]))
+  else:
+    keys = jax.random.split(key, len(asked))
+    values = iter(
+      jax.random.uniform(own, one.shape, minval=-1, maxval=1)
+      for own, one in zip(keys, asked)
+    )
+  made = [
+    next(values).reshape(leaf.shape) * leaf.bound if _is_uniform(leaf) else leaf
+    for leaf in leaves
+  ]
+  return jax.tree.unflatten(form, made)
+
+
+def _is_uniform(leaf: Any) -> bool:
+  return isinstance(leaf, Uniform)

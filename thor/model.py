@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from common.parallel import constrain
 from thor import layers
 from thor.expert_layer import run_experts
-from thor.layers import Array, Dropout
+from thor.layers import Array, Dropout, Site
 from thor.routing import NO_ROUTES, Routes
 from thor.settings import Settings
 
@@ -105,14 +105,16 @@ class Transformer(nn.Module):
     bias = None
     if cfg.logits_bias:
       bias = self.param("logits_bias", lambda _: jnp.zeros(cfg.vocab_size))
-    keys = [None, None]
+    first_keys = second_keys = None
     if key is not None:
-      keys = [jax.random.fold_in(key, i) for i in (0, 1)]
+      depths = cfg.encoder_layers + 1, cfg.decoder_layers + 1
+      keys = jax.random.split(key, sum(depths))
+      first_keys, second_keys = keys[: depths[0]], keys[depths[0] :]
     memory, first = _Stack(cfg, cross=False, name="encoder")(
-      source, table, routes.encoder, routes.how, keys[0]
+      source, table, routes.encoder, routes.how, first_keys
     )
     out, second = _Stack(cfg, cross=True, name="decoder")(
-      target, table, routes.decoder, routes.how, keys[1], memory, source
+      target, table, routes.decoder, routes.how, second_keys, memory, source
     )
     aux = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
     return logits_of(out, table, bias), aux
@@ -131,7 +133,7 @@ class _Stack(nn.Module):
     table: Array,
     ids: Array | None,
     how: str,
-    key: Array | None,
+    keys: Array | None,
     memory: Array | None = None,
     source: Array | None = None,
   ) -> tuple[Array, dict[str, Array]]:
@@ -139,13 +141,12 @@ class _Stack(nn.Module):
     depth = cfg.decoder_layers if self.cross else cfg.encoder_layers
     pattern, blocks = cfg.blocks(depth)
     place = _leave if self.is_initializing() else _by_rows
-    keys = None
-    if key is not None:
-      parts = jax.random.split(key, depth + 1)
-      key, keys = parts[0], parts[1:].reshape(blocks, len(pattern))
+    own = None
+    if keys is not None:
+      own, keys = keys[0], keys[1:].reshape(blocks, len(pattern))
     if ids is not None:
       ids = ids.reshape(blocks, sum(pattern), *ids.shape[1:])
-    x = place(embedded(cfg, table, tokens, Dropout(key)))
+    x = place(embedded(cfg, table, tokens, Dropout(own)))
     masks = masks_of(cfg, tokens, source)
     block = nn.remat(_Block, prevent_cse=False) if cfg.remat else _Block
     x, aux = nn.scan(
@@ -157,7 +158,7 @@ class _Stack(nn.Module):
     )(cfg, pattern, self.cross, how, name="layers")(x, ids, keys, memory, masks)
     if cfg.pre_norm:
       x = layers.norm(
-        self.param("norm", lambda _: layers.init_norm(cfg.width)), x
+        self.param("norm", lambda _: layers.norm_init(cfg.width)), x
       )
     return place(x), jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
@@ -185,7 +186,7 @@ class _Block(nn.Module):
       x, report = layer(
         self.settings, params, x, masks,
         memory=memory, ids=own, how=self.how,
-        key=None if keys is None else keys[i],
+        dropout=Dropout(None if keys is None else keys[i]),
       )  # fmt: skip
       reports += [report] if has_experts else []
     if not reports:
@@ -202,7 +203,7 @@ def layer(
   memory: Array | None = None,
   ids: Array | None = None,
   how: str = "one",
-  key: Array | None = None,
+  dropout: Dropout = layers.NO_DROPOUT,
 ) -> tuple[Array, dict[str, Array]]:
   """An encoder's layer, or with `memory` a decoder's.
 
@@ -214,29 +215,26 @@ def layer(
     memory: [b s d], the encoder's output.
     ids: of its experts; see `thor.routing.Routes`.
     how: see `thor.routing.Routes`.
-    key: of dropout and jitter.
+    dropout: and the gates' jitter.
 
   Returns:
     [b t d], and what the experts report; {} without.
   """
   params = jax.tree.map(lambda p: p.astype(settings.dtype), dict(params))
-  drop, rate = Dropout(key), settings.dropout
   report = {}
 
-  def sublayer(x: Array, name: str, site: int, run: Any) -> Array:
+  def sublayer(x: Array, name: str, site: Site, run: Any) -> Array:
     normed = layers.norm(params[name], x) if settings.pre_norm else x
-    x = x + drop(run(normed), rate, site)
+    x = x + dropout(run(normed), settings.dropout, site)
     return x if settings.pre_norm else layers.norm(params[name], x)
 
-  def attend(name: str, site: int):
-    own = Dropout(None if key is None else jax.random.fold_in(key, site))
-
+  def attend(name: str, site: Site):
     def run(x: Array) -> Array:
       own_keys = name == "attention" or memory is None
       seen = x if own_keys else memory
       return layers.attention(
         params[name], x, seen, masks[name],
-        dropout=own, rate=settings.attention_dropout,
+        dropout=dropout, rate=settings.attention_dropout, site=site,
       )  # fmt: skip
 
     return run
@@ -245,20 +243,22 @@ def layer(
     if "experts" not in params:
       own = params["feed_forward"]
       hidden = settings.activate(layers.dense(own["up"], x))
-      hidden = drop(hidden, settings.activation_dropout, 5)
+      hidden = dropout(hidden, settings.activation_dropout, Site.HIDDEN)
       return layers.dense(own["down"], hidden)
     out, made = run_experts(
       settings, params["experts"], x, ids,
-      how=how, mask=masks["tokens"], dropout=drop,
+      how=how, mask=masks["tokens"], dropout=dropout,
     )  # fmt: skip
     report.update(made)
     return out
 
-  x = sublayer(x, "attention_norm", 1, attend("attention", 3))
+  run = attend("attention", Site.ATTENTION_WEIGHTS)
+  x = sublayer(x, "attention_norm", Site.ATTENTION, run)
   if memory is not None:
-    run = attend("cross_attention", 4)
-    x = sublayer(x, "cross_attention_norm", 2, run)
-  return sublayer(x, "feed_forward_norm", 6, feed_forward), report
+    run = attend("cross_attention", Site.CROSS_ATTENTION_WEIGHTS)
+    x = sublayer(x, "cross_attention_norm", Site.CROSS_ATTENTION, run)
+  x = sublayer(x, "feed_forward_norm", Site.FEED_FORWARD, feed_forward)
+  return x, report
 
 
 def masks_of(
@@ -296,7 +296,7 @@ def embedded(
     tokens.shape[1], settings.width, kind=settings.positions
   )
   x = x + jnp.asarray(places, x.dtype)[None]
-  return dropout(x, settings.dropout, 0)
+  return dropout(x, settings.dropout, Site.EMBEDDING)
 
 
 def logits_of(x: Array, table: Array, bias: Array | None) -> Array:
@@ -310,26 +310,26 @@ def init_layer(
   settings: Settings, key: Array, *, has_experts: bool, cross: bool
 ) -> dict:
   """A layer's first parameters."""
-  parts = jax.random.split(key, 4)
   width, heads = settings.width, settings.heads
-  made = {
-    "attention": layers.init_attention(parts[0], width, heads),
-    "attention_norm": layers.init_norm(width),
-    "feed_forward_norm": layers.init_norm(width),
+  made: dict[str, Any] = {
+    "attention": layers.attention_init(width, heads),
+    "attention_norm": layers.norm_init(width),
+    "feed_forward_norm": layers.norm_init(width),
   }
   if cross:
-    made["cross_attention"] = layers.init_attention(parts[1], width, heads)
-    made["cross_attention_norm"] = layers.init_norm(width)
-  init = functools.partial(
-    layers.init_feed_forward, parts[2], width, settings.hidden
-  )
+    made["cross_attention"] = layers.attention_init(width, heads)
+    made["cross_attention_norm"] = layers.norm_init(width)
+  small, large = jax.random.split(key)
   if not has_experts:
-    return made | {"feed_forward": init()}
-  made["experts"] = init(settings.experts)
+    made["feed_forward"] = layers.feed_forward_init(width, settings.hidden)
+    return layers.drawn(small, made)
   if settings.gated:
-    gate = layers.uniform(parts[3], (width, settings.experts), width**-0.5)
-    made["experts"]["gate"] = {"kernel": gate}
-  return made
+    gate = layers.Uniform((width, settings.experts), width**-0.5)
+    made["experts"] = {"gate": {"kernel": gate}}
+  stack = layers.feed_forward_init(width, settings.hidden, settings.experts)
+  made = layers.drawn(small, made)
+  stack = layers.drawn(large, stack, at_once=False)
+  return made | {"experts": {**made.get("experts", {}), **stack}}
 
 
 def _init_embedding(settings: Settings, key: Array) -> Array:

@@ -201,6 +201,12 @@ def train_routes(
   return made
 
 
+def row_shards() -> int:
+  """Among how many devices of the current mesh the rows of a batch are cut."""
+  sizes = jax.sharding.get_abstract_mesh().shape
+  return sizes.get("data", 1) * sizes.get("fsdp", 1)
+
+
 def draw_pair(
   key: Array, layers: int, experts: int, passes: int, *, pair: str
 ) -> Array:
@@ -249,10 +255,13 @@ def _draw_many(
       return jax.random.randint(own, shape, 0, count)
     if routing.level == "token":
       return stacks.balanced_ids(own, rows, length, count)
-    if rows % count:
+    # Each device needs every expert equally often, or outputs are wrong.
+    shards = row_shards()
+    if rows % (count * shards):
       raise UserError(
         f"routing.level='sentence': {rows} rows of a batch do not divide among "
-        f"{count} experts: choose data.token_budget or accum so that they do"
+        f"{count} experts on each of {shards} devices: choose "
+        "data.token_budget or accum so that they do"
       )
     return stacks.balanced_ids(own, rows // count, count, count).reshape(-1)
 

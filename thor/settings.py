@@ -130,7 +130,7 @@ def _check(cfg: Settings) -> None:
     value = getattr(cfg, name)
     if value < 1:
       raise UserError(f"model.{name}={value} must be at least 1")
-  if cfg.width % (2 * cfg.heads) and cfg.width % cfg.heads:
+  if cfg.width % cfg.heads:
     raise UserError(
       f"model.width={cfg.width} is not divisible by model.heads={cfg.heads}"
     )

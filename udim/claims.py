@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import statistics
 from common.report import markdown_table
-from udim import statistics
 
 LEVEL = 0.05  # of a claim that holds, after correction
 SAME = 0.005  # differences within half a point count as none

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.plots import COLOURS, DPI, Palette, plain, png, sheet
-from udim.statistics import interval
+from common.statistics import interval
 
 if TYPE_CHECKING:
   from matplotlib.axes import Axes

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common import files
+from common import files, statistics
 from common.report import duration, markdown_table, number
-from udim import statistics
 from udim.claims import claims_section
 from udim.results import Result, by_domain, by_seed, choose_draws
 from udim.selection import METHODS

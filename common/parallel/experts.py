@@ -10,12 +10,12 @@ away:
 
     selected     one expert for all tokens, its number traced: slice, multiply
     balanced     each token its own, all equally often: e equal slots
-    grouped      each token its own, any loads: sorted into blocks
+    grouped      each token its own, any loads: sorted by expert
     capacity     each token its own, at most c a group (Switch)
     averaged     the mean of all outputs
 
-Over a mesh, in bytes that a device sends for each layer and pass, with b bytes
-a number, w = 2 d f and n tokens on a device:
+Over a mesh, in bytes that a device sends for each layer forward, with b bytes a
+number, w = 2 d f and n tokens on a device:
 
     selected     the hidden width is cut. The chosen slice is gathered, and its
                  gradient reduce-scattered: w b (p - 1) / p
@@ -24,6 +24,12 @@ a number, w = 2 d f and n tokens on a device:
     capacity     the same, for e c slots a group in place of n tokens
     grouped      the hidden width is cut. Tokens are gathered, and their outputs
                  reduce-scattered: 2 n d b (p - 1)
+
+The backward pass sends as much again. The bias of the hidden layer travels with
+the slice, the tokens' experts with gathered tokens, and the gradient of a bias
+that all devices have is added up. Where the batch is also cut along other axes,
+over r devices, these add up gradients, as with any layer: 2 w b / p (r - 1) / r
+for `selected`, e times that for the others.
 
 So `selected` moves less than `balanced` as soon as a device has more tokens
 than the experts have hidden units. Indexing a stack that is cut along its
@@ -39,11 +45,11 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
+from common.parallel.experts_grouped import feed_forward_by_expert, form_for
 
 Array = jax.Array
 Stack = Mapping[str, Mapping[str, Array]]
 Activation = Callable[[Array], Array]
-BLOCK = 16  # rows of `grouped` that one product takes
 
 
 class Placement(NamedTuple):
@@ -91,7 +97,8 @@ def selected(
   _check_divides(stack["up"]["kernel"].shape[2], "hidden units", axis)
 
   def local(stack: Stack, x: Array, keep: Array | None, expert: Array):
-    one = _slice(stack, expert)
+    # Its gradient is scattered before the other axes add theirs to it.
+    one = _vary(_slice(stack, expert), placement)
     gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
     one = {
       "up": {
@@ -273,10 +280,8 @@ def grouped(
 ) -> Array:
   """Each token its own expert, whatever the loads.
 
-  Tokens are sorted by expert. On the CPU each expert's are rounded up to
-  blocks of `BLOCK`, and a loop multiplies block by block: at most e blocks more
-  than the tokens fill. Elsewhere `jax.lax.ragged_dot` does that (on the CPU it
-  computes all experts).
+  Tokens are sorted by expert, and each expert's multiplied with its kernels:
+  see `experts_grouped`.
 
   Args:
     stack: the experts; with `placement` cut along f.
@@ -291,65 +296,25 @@ def grouped(
   Raises:
     UserError: for dimensions that the axis does not divide.
   """
-  form = _in_blocks if jax.default_backend() == "cpu" else _ragged
+  form = form_for(None if placement is None else placement.batch_axes)
   if placement is None:
-    return form(stack, x, ids, activation)
+    return feed_forward_by_expert(stack, x, ids, activation, form)
   axis = placement.axis
   _check_divides(stack["up"]["kernel"].shape[2], "hidden units", axis)
 
   def local(stack: Stack, x: Array, ids: Array) -> Array:
     x = jax.lax.all_gather(x, axis, tiled=True)
     ids = jax.lax.all_gather(ids, axis, tiled=True)
+    stack = _vary(stack, placement)
     # The bias of the output once, not from every device.
     first = (jax.lax.axis_index(axis) == 0).astype(x.dtype)
     down = {**stack["down"], "bias": stack["down"]["bias"] * first}
-    out = form({**stack, "down": down}, x, ids, activation)
+    stack = {**stack, "down": down}
+    out = feed_forward_by_expert(stack, x, ids, activation, form)
     return jax.lax.psum_scatter(out, axis, tiled=True)
 
-  return _on_shards(local, placement, _cut_hidden)(stack, x, ids)
-
-
-def _in_blocks(
-  stack: Stack, x: Array, ids: Array, activation: Activation
-) -> Array:
-  """[n d] by blocks of one expert each."""
-  experts = stack["up"]["kernel"].shape[0]
-  counts = jnp.bincount(ids, length=experts)
-  blocks = -(-counts // BLOCK)
-  ends = jnp.cumsum(blocks)
-  # The number of blocks is static: every expert may waste one.
-  total = -(-len(x) // BLOCK) + experts
-  # How many experts end before a block. `searchsorted` fails in `shard_map`.
-  owner = jnp.sum(ends[None] <= jnp.arange(total)[:, None], axis=1)
-  owner = jnp.minimum(owner, experts - 1)
-  order = jnp.argsort(ids, stable=True)
-  sorted_ids = ids[order]
-  rank = jnp.arange(len(x)) - (jnp.cumsum(counts) - counts)[sorted_ids]
-  place = (ends - blocks)[sorted_ids] * BLOCK + rank
-  rows = jnp.zeros((total * BLOCK, x.shape[-1]), x.dtype)
-  rows = rows.at[place].set(x[order], unique_indices=True)
-  out = jax.lax.map(
-    lambda one: _feed_forward(_slice(stack, one[0]), one[1], activation),
-    (owner, rows.reshape(total, BLOCK, -1)),
-  )
-  back = out.reshape(total * BLOCK, -1)[place]
-  return jnp.zeros_like(back).at[order].set(back, unique_indices=True)
-
-
-def _ragged(
-  stack: Stack, x: Array, ids: Array, activation: Activation
-) -> Array:
-  """[n d] by grouped products."""
-  experts = stack["up"]["kernel"].shape[0]
-  counts = jnp.bincount(ids, length=experts).astype(jnp.int32)
-  order = jnp.argsort(ids, stable=True)
-  sorted_ids = ids[order]
-  up, down = stack["up"], stack["down"]
-  hidden = jax.lax.ragged_dot(x[order], up["kernel"], counts)
-  hidden = activation(hidden + up["bias"][sorted_ids])
-  out = jax.lax.ragged_dot(hidden, down["kernel"], counts)
-  out = out + down["bias"][sorted_ids]
-  return jnp.zeros_like(out).at[order].set(out, unique_indices=True)
+  opaque = form is not None and form.opaque
+  return _on_shards(local, placement, _cut_hidden, opaque)(stack, x, ids)
 
 
 def averaged(
@@ -424,22 +389,38 @@ def _on_shards(
   local: Callable[..., Array],
   placement: Placement,
   cut: Callable[[str], dict],
+  opaque: bool = False,
 ) -> Callable[..., Array]:
   """`local(stack, x, of_rows, *same)` on what every device has of the stack
-  and of the rows; what follows is the same on all.
+  and of the rows; what follows is the same on all. `opaque`: the types of
+  `local` do not say what differs between devices, and it needs all axes.
   """
   rows = jax.P(placement.batch_axes)
 
   def call(stack: Stack, x: Array, of_rows: Array | None, *same: Array):
     specs = (cut(placement.axis), rows, rows, *(jax.P() for _ in same))
+    every = jax.sharding.get_abstract_mesh().axis_names
     return jax.shard_map(
       local,
       in_specs=specs,
       out_specs=rows,
-      axis_names=set(placement.batch_axes),
+      axis_names=set(every if opaque else placement.batch_axes),
+      check_vma=not opaque,
     )(stack, x, of_rows, *same)
 
   return call
+
+
+def _vary(tree: Stack, placement: Placement) -> dict:
+  """The same inside `_on_shards`, with a gradient of its own on each device.
+
+  Else the first use of an array that several devices have adds up what they
+  all say of its gradient, whatever comes before.
+  """
+
+  others = tuple(a for a in placement.batch_axes if a != placement.axis)
+  vary = functools.partial(jax.lax.pcast, axis_name=others, to="varying")
+  return jax.tree.map(vary, dict(tree)) if others else dict(tree)
 
 
 def _cut_hidden(axis: str) -> dict:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from common.errors import UserError
 from common.parallel import experts, make_mesh
 from common.parallel.experts import Placement
+from common.parallel.experts_traffic import bytes_sent
 
 E, D, F = 8, 6, 16
 MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2})
@@ -79,8 +80,6 @@ def test_grouped_takes_any_loads():
     found = jax.jit(experts.grouped)(stack(), tokens(50), ids)
     expected = by_token(stack(), tokens(50), ids)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-    ragged = experts._ragged(stack(), tokens(50), ids, jax.nn.relu)
-    np.testing.assert_allclose(ragged, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_balanced_takes_equal_loads():
@@ -150,7 +149,7 @@ def forms():
     ),
     "capacity": (
       lambda s, x, p: experts.capacity(
-        s, x, free.reshape(8, 16), slots=2, placement=p
+        s, x, free.reshape(8, 16), slots=3, placement=p
       )[0],
       tokens(8, 16), CUT_EXPERTS,
     ),
@@ -165,43 +164,133 @@ def value_and_gradients(form, placement, s, x):
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(s, x)
 
 
+@functools.cache
+def unsharded(name):
+  form, x, _ = forms()[name]
+  run = jax.jit(functools.partial(value_and_gradients, form, None))
+  return run(stack(), x)
+
+
+def sent(name, data, p):
+  """Bytes that a device sends, forward and with gradients, by the formulas.
+
+  Of a loss: float32, 128 tokens, 4 bytes each for the loss and for an id.
+  """
+  n, r = 128 // 8, (p - 1) / p
+  one, stack_bytes = 4 * (2 * D * F + F), 4 * E * (2 * D * F + F)
+  loss, bias = 2 * 4 * 7 / 8, 4 * D
+  add_up = 2 * (data - 1) / data / p  # what the other batch axes do
+  match name:
+    case "selected":
+      forward = {"all-gather": one * r}
+      back = {"reduce-scatter": one * r}
+      # The bias of the output is on all devices.
+      other = add_up * one + 2 * bias * (r + (data - 1) / data)
+    case "grouped":
+      tokens, ids = 4 * n * D * (p - 1), 4 * n * (p - 1)
+      forward = {"all-gather": tokens + ids, "reduce-scatter": tokens}
+      back = {"all-gather": tokens, "reduce-scatter": tokens}
+      biases = 2 * E * bias * (r + (data - 1) / data)
+      other = add_up * stack_bytes + biases
+    case _:
+      # Three slots for each of 16 tokens and 8 experts.
+      rows = E * 3 if name == "capacity" else n
+      forward = back = {"all-to-all": 2 * 4 * rows * D * r}
+      other = add_up * (stack_bytes + E * bias)
+  both = {
+    kind: forward.get(kind, 0) + back.get(kind, 0) for kind in forward | back
+  }
+  return forward, both | {"all-reduce": other + loss}
+
+
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize(
   "name", ["selected", "grouped", "balanced", "capacity"]
 )
-def test_sharded_values_and_gradients(name, sizes):
+def test_sharded_values_gradients_and_traffic(name, sizes):
   form, x, cut = forms()[name]
-  expected = jax.jit(functools.partial(value_and_gradients, form, None))(
-    stack(), x
-  )
   mesh = make_mesh(sizes)
   placed = jax.device_put(
     stack(), jax.tree.map(functools.partial(NamedSharding, mesh), cut)
   )
   rows = NamedSharding(mesh, jax.P(("data", "fsdp")))
   with jax.set_mesh(mesh):
-    program = jax.jit(functools.partial(value_and_gradients, form, PLACEMENT))
     arguments = (placed, jax.device_put(x, rows))
-    found = program(*arguments)
-    text = program.lower(*arguments).compile().as_text()
-  chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
-  gathered = re.findall(r"= \w+\[([\d,]+)\][^=]*all-gather\(", text)
-  assert not [shape for shape in gathered if shape.startswith(f"{E},{D},")]
-  assert not [shape for shape in gathered if shape.startswith(f"{E},{F},")]
-  if name == "selected":
-    assert "reduce-scatter" in text
-
-
-def test_what_does_not_divide_is_one_line():
-  mesh = make_mesh({"fsdp": 8})
-  with jax.set_mesh(mesh):
-    with pytest.raises(UserError, match="4 experts do not divide among the 8"):
-      experts.balanced(
-        stack(4), tokens(64), random_ids(64), placement=PLACEMENT
+    program, forward = (
+      jax.jit(call).lower(*arguments).compile()
+      for call in (
+        functools.partial(value_and_gradients, form, PLACEMENT),
+        functools.partial(form, p=PLACEMENT),
       )
-    narrow = jax.tree.map(lambda x: x, stack())
-    narrow["up"]["kernel"] = narrow["up"]["kernel"][..., :12]
-    with pytest.raises(UserError, match="12 hidden units do not divide"):
-      experts.selected(narrow, tokens(8), jnp.int32(0), placement=PLACEMENT)
-  with pytest.raises(UserError, match="10 tokens do not divide among 8"):
-    experts.balanced(stack(), tokens(10), random_ids(10))
+    )
+    found = program(*arguments)
+  chex.assert_trees_all_close(found, unsharded(name), rtol=1e-4, atol=1e-4)
+  traffic = sent(name, sizes.get("data", 1), sizes["fsdp"])
+  for compiled, formula in zip((forward, program), traffic):
+    text = compiled.as_text()
+    chex.assert_trees_all_close(bytes_sent(text), formula, atol=1)
+    gathered = re.findall(r"= \w+\[([\d,]+)\][^=]*all-gather\(", text)
+    assert not [shape for shape in gathered if shape.startswith(f"{E},")]
+
+
+def test_one_program_for_all_experts_on_a_mesh():
+  """Of three experts, which eight devices need not divide."""
+  x = tokens(16)
+  with jax.set_mesh(make_mesh({"fsdp": 8})):
+    chosen = jax.jit(functools.partial(experts.selected, placement=PLACEMENT))
+    for k in range(3):
+      expected = by_token(stack(3), x, np.full(16, k))
+      found = chosen(stack(3), x, jnp.int32(k))
+      np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert chosen._cache_size() == 1
+
+
+def with_hidden(width):
+  """A stack of that many hidden units."""
+  up, down = stack()["up"], stack()["down"]
+  return {
+    "up": jax.tree.map(lambda leaf: leaf[..., :width], up),
+    "down": {**down, "kernel": down["kernel"][:, :width]},
+  }
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (
+      lambda p: experts.balanced(
+        stack(4), tokens(64), random_ids(64), placement=p
+      ),
+      "4 experts do not divide among the 8 devices along mesh.fsdp",
+    ),
+    (
+      lambda p: experts.capacity(
+        stack(4), tokens(8, 8), random_ids(8, 8), slots=2, placement=p
+      ),
+      "4 experts do not divide among the 8 devices along mesh.fsdp",
+    ),
+    (
+      lambda p: experts.selected(
+        with_hidden(12), tokens(8), jnp.int32(0), placement=p
+      ),
+      "12 hidden units do not divide among the 8 devices",
+    ),
+    (
+      lambda p: experts.grouped(
+        with_hidden(12), tokens(8), random_ids(8), placement=p
+      ),
+      "12 hidden units do not divide among the 8 devices",
+    ),
+    (
+      lambda p: experts.balanced(stack(), tokens(10), random_ids(10)),
+      "10 tokens do not divide among 8",
+    ),
+  ],
+)
+def test_what_does_not_divide_is_one_line(call, message):
+  with (
+    jax.set_mesh(make_mesh({"fsdp": 8})),
+    pytest.raises(UserError, match=message) as caught,
+  ):
+    call(PLACEMENT)
+  assert "\n" not in str(caught.value)

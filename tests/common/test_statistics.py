@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from common.errors import UserError
-from udim.statistics import (
+from common.statistics import (
   Interval,
   align,
   format_interval,

@@ -1,0 +1,192 @@
+"""Runs: what they leave, how they go on, what they refuse."""
+
+import json
+import pathlib
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from common.checkpoint import load_params
+from common.errors import UserError
+from configs.thor import get_config
+from thor.run import load_run
+from thor.train import train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+CLOCK = ("time", "seconds", "speed/")
+
+
+def tiny(variant=""):
+  config = get_config(f"smoke,{variant}" if variant else "smoke")
+  config.num_steps = 4
+  config.compile_cache = ""
+  config.data.source.update({"rows": 60, "test_rows": 2, "names": 10})
+  config.data.token_budget = 512
+  config.data.lengths = (64,)
+  config.vocabulary.size = 256
+  config.model.update({"encoder_layers": 2, "decoder_layers": 1})
+  config.translation.update({"max_ratio": 0.0, "max_extra": 4})
+  config.evaluation.every = 2
+  config.checkpoint.update({"every": 2, "keep": 9})
+  config.log.every = 2
+  return config
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  train_and_evaluate(tiny(), str(workdir))
+  return workdir
+
+
+def metrics(workdir):
+  """Every line but what the clock wrote, by step."""
+  lines = {}
+  for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().split("\n"):
+    if line:
+      values = json.loads(line)
+      kept = {k: v for k, v in values.items() if not k.startswith(CLOCK)}
+      lines.setdefault(kept.pop("step"), {}).update(kept)
+  return lines
+
+
+def read_state(workdir, step):
+  folder = workdir / "checkpoints" / str(step) / "state"
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = reader.metadata(folder).item_metadata.tree
+    plain = ocp.RestoreArgs(restore_type=np.ndarray)
+    return reader.restore(
+      folder, restore_args=jax.tree.map(lambda _: plain, tree)
+    )
+
+
+def assert_same_run(a, b):
+  (step, params), (other, others) = [
+    load_params(folder / "checkpoints") for folder in (a, b)
+  ]
+  assert step == other
+  chex.assert_trees_all_equal(params, others)
+  chex.assert_trees_all_equal(read_state(a, step), read_state(b, step))
+  assert metrics(a) == metrics(b)
+
+
+class Stopped(BaseException):
+  """Ends a run between two steps, past everything that handles errors."""
+
+
+def stop_after(monkeypatch, step):
+  from thor import train as train_lib
+
+  real = train_lib.train
+
+  def stop(info):
+    raise Stopped
+
+  stop.every = {step}.__contains__
+
+  def train(*args, hooks, **kwargs):
+    return real(*args, hooks=[*hooks, stop], **kwargs)
+
+  monkeypatch.setattr(train_lib, "train", train)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_stopped_after_any_step_and_started_again(
+  straight, tmp_path, step, monkeypatch
+):
+  """Draws of experts, too: their shares are among the metrics."""
+  with monkeypatch.context() as patch:
+    stop_after(patch, step)
+    with pytest.raises(Stopped):
+      train_and_evaluate(tiny(), str(tmp_path))
+  train_and_evaluate(tiny(), str(tmp_path))
+  assert_same_run(straight, tmp_path)
+  assert any(name.startswith("train/experts/") for name in metrics(tmp_path)[4])
+
+
+def test_a_run_leaves_scores_translations_and_a_report(straight):
+  last = metrics(straight)[4]
+  for split in ("test", "test_names", "test_long"):
+    for metric in ("bleu", "chrf", "exact_match"):
+      values = [last[f"{split}/{metric}/{tag}"] for tag in ("de", "fr")]
+      assert last[f"{split}/{metric}"] == pytest.approx(np.mean(values))
+      assert f"copy_{split}/{metric}/fr" in last
+  assert last["copy_test/chrf"] > 5
+  assert {"mode/bleu/dispatch_sentence", "mode/bleu/fixed:0"} <= last.keys()
+  assert {"agreement/skl", "agreement/top1", "eval_loss/de"} <= last.keys()
+  lines = (straight / "translations" / "test.jsonl").read_text().splitlines()
+  assert len(lines) == 4
+  assert json.loads(lines[0]).keys() == {
+    "source", "target", "language", "translation",
+  }  # fmt: skip
+  page = (straight / "report.md").read_text()
+  for text in ("## Test scores", "copy: BLEU", "## Sample translations",
+               "## Quality by dispatch", "nrefs:1|case:mixed",
+               "plots/share-of-tokens-by-expert.png",
+               "plots/agreement-between-experts.png"):  # fmt: skip
+    assert text in page
+  facts = json.loads((straight / "facts.json").read_text())
+  assert {"fill_rate", "text_hash", "vocabulary"} <= facts.keys()
+
+
+def test_a_run_can_be_read_and_averaged(straight):
+  run = load_run(straight)
+  assert (run.step, run.routing.kind) == (4, "thor")
+  assert run.vocabulary.languages == ("de", "fr")
+  trees = [load_run(straight, step=step).params for step in (2, 4)]
+  mean = load_run(straight, average=2).params
+  expected = jax.tree.map(lambda a, b: (a + b) / 2, *trees)
+  chex.assert_trees_all_close(mean, expected, atol=1e-7)
+  with pytest.raises(UserError, match=r"--average=5: .* has 2 checkpoints"):
+    load_run(straight, average=5)
+  with pytest.raises(UserError, match="no checkpoint 3"):
+    load_run(straight, step=3)
+
+
+def test_the_table_of_hash_is_part_of_the_run(tmp_path):
+  config = tiny("hash")
+  config.num_steps = config.optim.warmup_steps = 2
+  train_and_evaluate(config, str(tmp_path))
+  run = load_run(tmp_path)
+  assert run.table.shape == (run.vocabulary.size,)
+  assert set(np.unique(run.table)) == {0, 1, 2, 3}
+  assert "train/kept" in metrics(tmp_path)[2]
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"routing.kind": "thorr"}, "routing.kind='thorr'.*thor"),
+    ({"routing.pair": "distinct", "routing.experts": 1}, "needs two experts"),
+    ({"evaluation.dispatch": "fixed:7"}, "numbered from 0 to 3"),
+    ({"evaluation.dispatch": "gate"}, "does not go with routing.kind='thor'"),
+    ({"translation.modes": ("ensemble",)}, "write ensemble:2"),
+    ({"translation.beam": 0}, "beam=0"),
+    ({"objective.passes": 3}, "objective.passes=3 must be 1 or 2"),
+    ({"model.width": 15}, "model.width=15"),
+    ({"model.preset": "iwslt"}, "model.preset='iwslt'"),
+    ({"data.token_budget": 0}, "data.token_budget=0 must be at least 1"),
+    ({"data.token_budget": 10}, "too small for the bucket"),
+    ({"mesh.data": 3}, "does not fit the 8 devices"),
+    ({"data.source.languages": ("de", "xx")}, "xx"),
+  ],
+)
+def test_mistakes_are_one_line(settings, message, tmp_path):
+  config = tiny()
+  with config.ignore_type():
+    for key, value in settings.items():
+      config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=message) as error:
+    train_and_evaluate(config, str(tmp_path))
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_another_text_is_refused(straight):
+  config = tiny()
+  config.data.source.seed = 1
+  with pytest.raises(UserError, match=r"data\.source\.seed"):
+    train_and_evaluate(config, str(straight))

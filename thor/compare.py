@@ -1,0 +1,289 @@
+"""THOR beside its rivals, on the same text and seeds.
+
+`python -m thor.compare --config=configs/thor.py:small --seeds=3` trains every
+system with every seed, one after the other, and writes `report.md`. What has
+finished is kept: the same command goes on where it was stopped, and more seeds
+or systems are added to it. Several such commands with different systems may
+share a folder at the same time.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from common import app
+
+log = logging.getLogger(__name__)
+EXAMPLE = "python -m thor.compare --config=configs/thor.py:small --seeds=3"
+RESULT = "result.json"
+# What a comparison's folder may be started again with, besides what a single
+# training may.
+FREE = ("seed", "compare")
+_TIMES = "*="
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One training.
+
+  Attributes:
+    system: what it stands under in the table.
+    config: the training's.
+  """
+
+  system: str
+  seed: int
+  config: Any
+
+  @property
+  def folder(self) -> str:
+    """Where it lies in the comparison's folder."""
+    return f"runs/{self.system}/seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What a finished training is remembered by.
+
+  Attributes:
+    steps: updates.
+    scores: metrics of the last step, such as `test/bleu/de`.
+    params: how many numbers the model has.
+    train_flops: of an update's mean batch, by formula: see `thor.cost`.
+    infer_flops: of a source token and a target token.
+    seconds: of a step, the median.
+    modes: by dispatch and metric, one value a seed of the draws.
+  """
+
+  system: str
+  seed: int
+  steps: int
+  scores: dict[str, float]
+  params: int
+  train_flops: float
+  infer_flops: float
+  seconds: float
+  modes: dict[str, dict[str, list[float]]]
+
+  def save(self, folder: Any) -> None:
+    """Writes the file, whole or not at all."""
+    from common import files
+
+    text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+    files.replace(folder / RESULT, text + "\n")
+
+  @classmethod
+  def load(cls, folder: Any) -> "Result | None":
+    """Reads the file; None if the training has not finished.
+
+    Raises:
+      UserError: when it is damaged.
+    """
+    from common.errors import UserError
+
+    path = folder / RESULT
+    if not path.exists():
+      return None
+    try:
+      return cls(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+      raise UserError(
+        f"{path} is damaged ({error}): delete it, and the run is done again"
+      ) from None
+
+
+def compare(config: Any, workdir: str) -> str:
+  """Runs the comparison, or what is left of it, and writes its report.
+
+  Args:
+    config: see `configs/thor.py`.
+    workdir: the comparison's folder.
+
+  Returns:
+    The path of the report.
+
+  Raises:
+    UserError: for unknown systems, and as training does.
+  """
+  import jax
+  from etils import epath
+
+  from common import config as config_lib
+  from common.errors import UserError
+  from thor import train
+  from thor.comparison import write_page
+
+  if jax.process_count() > 1:
+    raise UserError(
+      "thor.compare runs in one process: start several with different "
+      "--systems and the same --workdir"
+    )
+  folder = epath.Path(workdir)
+  jobs = make_jobs(config)
+  if any(folder.glob(f"runs/*/*/{RESULT}")):
+    config_lib.check_resume(folder, config, free=(*train.FREE, *FREE))
+  for job in jobs:
+    train.check(job.config)
+  folder.mkdir(parents=True, exist_ok=True)
+  config_lib.save_config(folder, config)
+  path = ""
+  for number, job in enumerate(jobs, 1):
+    start = time.monotonic()
+    result = _kept(folder, job)
+    took = "done before"
+    if result is None:
+      result = run_job(folder, job)
+      took = f"{time.monotonic() - start:.0f} s"
+    log.info(
+      "[%d/%d] seed %d  %s: BLEU %.1f, %s",
+      number, len(jobs), job.seed, job.system, _bleu(result), took,
+    )  # fmt: skip
+    path = write_page(folder, config)
+  log.info("report: %s", path)
+  return path
+
+
+def _bleu(result: Result) -> float:
+  names = [n for n in result.scores if n.endswith("/bleu")]
+  return result.scores[next(n for n in names if not n.startswith("copy_"))]
+
+
+def make_jobs(config: Any) -> list[Job]:
+  """All trainings, seed by seed.
+
+  Raises:
+    UserError: for no seed, no system or an unknown one.
+  """
+  from common.config import did_you_mean
+  from common.errors import UserError
+
+  cfg = config.compare
+  if cfg.seeds < 1:
+    raise UserError(f"compare.seeds={cfg.seeds} must be at least 1")
+  names = [name.strip() for name in cfg.systems.split(",") if name.strip()]
+  if not names:
+    raise UserError("compare.systems is empty: name at least one")
+  for name in names:
+    if name not in cfg.settings:
+      raise UserError(
+        f"compare.systems: {name!r}{did_you_mean(name, cfg.settings)}"
+      )
+  return [
+    Job(name, seed, job_config(config, name, seed))
+    for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds)
+    for name in names
+  ]
+
+
+def job_config(config: Any, system: str, seed: int) -> Any:
+  """The configuration of one training, as one would give it to `thor.main`.
+
+  A system's settings are `key=value`, and `key*=number` for a multiple.
+  """
+  from common.config import flatten
+  from common.flags import override
+
+  made = config.copy_and_resolve_references()
+  for entry in config.compare.settings[system]:
+    if _TIMES in entry:
+      key, _, factor = entry.partition(_TIMES)
+      value = str(round(flatten(made)[key] * float(factor)))
+    else:
+      key, _, value = entry.partition("=")
+    made = override(made, key, [f"--config.{key}={value}"])
+  with made.unlocked():
+    made.seed = seed
+  return made
+
+
+def _kept(folder: Any, job: Job) -> Result | None:
+  """The result of a job that has finished with the same configuration."""
+  from common import config as config_lib
+  from thor import train
+
+  result = Result.load(folder / job.folder)
+  if result is not None:
+    free = (*train.FREE, "compare")
+    config_lib.check_resume(folder / job.folder, job.config, free=free)
+  return result
+
+
+def run_job(folder: Any, job: Job) -> Result:
+  """Trains, scores the ways to use the model, and leaves `result.json`."""
+  import jax
+
+  from common.metrics import read_metrics
+  from thor import train
+  from thor.cost import forward_flops, train_flops
+  from thor.model import num_params
+  from thor.run import load_run
+
+  path = folder / job.folder
+  train.train_and_evaluate(job.config, path)
+  run = load_run(path)
+  lines = read_metrics(path)
+  tokens = json.loads((path / "facts.json").read_text())["tokens_per_batch"]
+  cost = train_flops(run.settings, passes=job.config.objective.passes)
+  result = Result(
+    system=job.system,
+    seed=job.seed,
+    steps=job.config.num_steps,
+    scores=_last_scores(lines),
+    params=num_params(run.settings),
+    train_flops=cost.source * tokens[0] + cost.target * tokens[1],
+    infer_flops=forward_flops(run.settings).total,
+    seconds=_seconds(lines),
+    modes=_modes(job.config, run) if job.system == "thor" else {},
+  )
+  if not job.config.compare.keep_checkpoints:
+    (path / "checkpoints").rmtree()
+  result.save(path)
+  # Programs of other shapes would pile up.
+  jax.clear_caches()
+  return result
+
+
+def _last_scores(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+  """The last value of everything that is no clock and no training metric."""
+  made = {}
+  for line in lines:
+    for name, value in line.items():
+      if "/" in name and not name.startswith(("train/", "speed/", "mode/")):
+        made[name] = value
+  return made
+
+
+def _seconds(lines: Sequence[dict[str, Any]]) -> float:
+  import statistics
+
+  key = "speed/steps_per_second"
+  return statistics.median([1 / line[key] for line in lines if line.get(key)])
+
+
+def _modes(config: Any, run: Any) -> dict[str, dict[str, list[float]]]:
+  """The scores of each way to use a model, over seeds of the draws."""
+  from thor.sources import load_parallel
+  from thor.translations import mode_scores
+
+  splits = load_parallel(config.data.source).splits
+  pairs = splits[next((n for n in splits if n.startswith("test")), "valid")]
+  made: dict[str, dict[str, list[float]]] = {}
+  for mode in config.translation.modes:
+    for seed in range(config.compare.mode_seeds):
+      for metric, value in mode_scores(run, pairs, mode, seed).items():
+        made.setdefault(mode, {}).setdefault(metric, []).append(value)
+  return made
+
+
+if __name__ == "__main__":
+  app.run(
+    compare,
+    name="thor",
+    description="Compares THOR with its rivals on the same text and seeds.",
+    example=EXAMPLE,
+    verb="compare",
+    aliases={"seeds": "compare.seeds", "systems": "compare.systems"},
+  )

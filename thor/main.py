@@ -1,0 +1,19 @@
+"""`python -m thor.main --config=configs/thor.py`."""
+
+from common import app
+
+
+def main(config, workdir: str) -> None:
+  """Trains, and translates the test sets; see `configs/thor.py`."""
+  from thor import train
+
+  train.train_and_evaluate(config, workdir)
+
+
+if __name__ == "__main__":
+  app.run(
+    main,
+    name="thor",
+    description="Trains Transformers whose experts are drawn at random.",
+    example="python -m thor.main --config=configs/thor.py:smoke",
+  )

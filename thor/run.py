@@ -1,0 +1,106 @@
+"""Trained runs, read from their folders."""
+
+import dataclasses
+import json
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from common.checkpoint import checkpoint_steps, load_params
+from common.config import load_config
+from common.errors import UserError
+from thor.routing import Routing
+from thor.settings import Settings, make_settings
+from thor.vocabulary import Vocabulary, saved_vocabulary
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained model, ready to use.
+
+  Attributes:
+    config: of the training.
+    table: of hash, int32 [v]; None for other kinds of routing.
+    step: which checkpoint was read, of several the last.
+  """
+
+  config: Any
+  vocabulary: Vocabulary
+  settings: Settings
+  routing: Routing
+  params: Any
+  table: jax.Array | None
+  step: int
+
+
+def load_run(
+  folder: str | os.PathLike[str], *, step: int | None = None, average: int = 1
+) -> Run:
+  """Reads a run's folder.
+
+  Args:
+    folder: what training was given as `--workdir`.
+    step: which checkpoint; the newest if None.
+    average: the mean of the parameters of so many checkpoints, that one the
+      last (a training keeps `checkpoint.keep` of them).
+
+  Raises:
+    UserError: when the folder, the checkpoints or the vocabulary are missing,
+      or it holds a run of another kind.
+  """
+  config = load_config(folder)
+  if "routing" not in config or "vocabulary" not in config:
+    raise UserError(f"{os.fspath(folder)} holds no run of thor.main")
+  facts = _facts(folder)
+  vocabulary = saved_vocabulary(folder, facts)
+  routing = Routing(**config.routing.to_dict())
+  settings = make_settings(
+    config.model.to_dict(), routing, vocab_size=vocabulary.size
+  )
+  found, params = _mean_params(folder, step, average)
+  table = None
+  if routing.kind == "hash":
+    checkpoints = os.path.join(folder, "checkpoints")
+    _, state = load_params(checkpoints, step=found, item="state")
+    table = jnp.asarray(state["extra"]["hash_table"])
+  params = jax.tree.map(jnp.asarray, params)
+  return Run(config, vocabulary, settings, routing, params, table, found)
+
+
+def _facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  from etils import epath
+
+  path = epath.Path(folder) / "facts.json"
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _mean_params(
+  folder: str | os.PathLike[str], step: int | None, average: int
+) -> tuple[int, Any]:
+  """The last step and the mean of its parameters and those before."""
+  checkpoints = os.path.join(folder, "checkpoints")
+  if average < 1:
+    raise UserError(f"--average={average} must be at least 1")
+  if average == 1:
+    return load_params(checkpoints, step=step)
+  steps = [
+    own for own in checkpoint_steps(checkpoints) if step is None or own <= step
+  ]
+  if len(steps) < average:
+    raise UserError(
+      f"--average={average}: {os.fspath(folder)} has {len(steps)} checkpoints "
+      f"({', '.join(map(str, steps))}): train with a larger checkpoint.keep"
+    )
+  chosen = steps[-average:]
+  log.info("the mean of the checkpoints %s", ", ".join(map(str, chosen)))
+  trees = [load_params(checkpoints, step=own)[1] for own in chosen]
+  mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *trees)
+  return chosen[-1], mean

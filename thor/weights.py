@@ -1,0 +1,236 @@
+"""Files of weights: models of ours, and Marian's of transformers.
+
+A model of ours is a folder that NumPy alone can read: `settings.json`, the
+fields of `thor.settings.Settings`, and `params.npz`, a float32 array for each
+parameter under its path, such as `encoder/layers/layer_0/attention/out/bias`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from common.config import check_keys, did_you_mean
+from common.errors import UserError
+from common.tree import names
+from thor.model import init_params
+from thor.settings import DTYPES, Settings
+
+PyTree = Any
+State = Mapping[str, np.ndarray]
+
+
+class Tensors:
+  """Tensors that are taken one by one, so that the rest can be named.
+
+  Args:
+    state: by name.
+    source: what error messages call them.
+    sizes: the file that says which shapes they must have.
+  """
+
+  def __init__(self, state: State, source: str, *, sizes: str):
+    self.source = source
+    self._sizes = sizes
+    self._left = dict(state)
+    self._missing: list[str] = []
+
+  def shape(self, name: str) -> tuple[int, ...] | None:
+    """The shape of what is left under a name, or None."""
+    return self._left[name].shape if name in self._left else None
+
+  def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
+    """The float32 array of a name, which must have that shape."""
+    shape = tuple(shape)
+    if name not in self._left:
+      self._missing.append(name)
+      return np.zeros(shape, np.float32)
+    value = self._left.pop(name)
+    if value.shape != shape:
+      raise UserError(
+        f"{self.source}: {name!r} has shape {value.shape}, but by "
+        f"{self._sizes} {shape}; take both from one model"
+      )
+    return value.astype(np.float32)
+
+  def finish(self) -> None:
+    """Raises `UserError` for what is missing or left over."""
+    for found, what in (
+      (self._missing, "lacks"),
+      (list(self._left), "has tensors that the model has no place for:"),
+    ):
+      if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        shown = ", ".join(map(repr, found[:3]))
+        raise UserError(
+          f"{self.source} {what} {shown}{more}; take tensors and "
+          f"{self._sizes} from one model"
+        )
+
+
+def save_model(folder: Any, params: PyTree, settings: Settings) -> None:
+  """Writes a model's two files; see the module.
+
+  Args:
+    folder: is made.
+    params: of the model.
+    settings: its.
+  """
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  paths, leaves = jax.tree.leaves(names(params)), jax.tree.leaves(params)
+  arrays: dict[str, Any] = {
+    name: np.asarray(leaf, np.float32) for name, leaf in zip(paths, leaves)
+  }
+  np.savez(path / "params.npz", **arrays)
+  facts = dataclasses.asdict(settings)
+  facts["dtype"] = np.dtype(settings.dtype).name
+  # At the end: a folder with settings is whole.
+  _write_json(path / "settings.json", facts)
+
+
+def load_model(folder: Any) -> tuple[PyTree, Settings]:
+  """Reads what `save_model` wrote.
+
+  Returns:
+    NumPy parameters, and their settings.
+
+  Raises:
+    UserError: for files that are missing or broken, or do not go together.
+  """
+  path = pathlib.Path(folder)
+  settings = _read_settings(path / "settings.json")
+  init = functools.partial(init_params, settings)
+  like = jax.eval_shape(init, jax.random.key(0))
+  file = path / "params.npz"
+  try:
+    with np.load(file, allow_pickle=False) as found:
+      tensors = Tensors(dict(found), str(file), sizes="settings.json")
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise UserError(
+      f"{file} is not readable: write it again with python -m thor.convert"
+    ) from error
+  params = jax.tree.map(
+    lambda name, leaf: tensors.take(name, leaf.shape), names(like), like
+  )
+  tensors.finish()
+  return params, settings
+
+
+def _read_settings(file: pathlib.Path) -> Settings:
+  facts = _read_json(file)
+  fields = [field.name for field in dataclasses.fields(Settings)]
+  check_keys(facts, fields, what=str(file))
+  for name in fields:
+    if name not in facts:
+      raise UserError(f"{file} lacks {name!r}")
+  if facts["dtype"] not in DTYPES:
+    raise UserError(
+      f"{file}: dtype={facts['dtype']!r}{did_you_mean(facts['dtype'], DTYPES)}"
+    )
+  facts |= {"pattern": tuple(facts["pattern"]), "dtype": DTYPES[facts["dtype"]]}
+  return Settings(**facts)
+
+
+def _write_json(file: pathlib.Path, facts: Mapping[str, Any]) -> None:
+  file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+  try:
+    facts = json.loads(file.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{file}: {error.strerror}") from None
+  except ValueError as error:
+    raise UserError(f"{file} is not JSON: {error}") from None
+  if not isinstance(facts, dict):
+    raise UserError(f"{file} holds no object of keys and values")
+  return facts
+
+
+def read_marian(
+  folder: Any,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """The tensors and the configuration in a folder of transformers.
+
+  Of `model.safetensors`, else of `pytorch_model.bin`, of which only tensors
+  are read: nothing in it is executed.
+
+  Raises:
+    UserError: for files or libraries that are missing, or broken files.
+  """
+  path = pathlib.Path(folder)
+  config = _read_json(path / "config.json")
+  file = path / "model.safetensors"
+  if file.exists():
+    return _read_safetensors(file), config
+  other = path / "pytorch_model.bin"
+  if other.exists():
+    return _read_torch(other), config
+  raise UserError(f"{path} has neither {file.name} nor {other.name}")
+
+
+def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
+  numpy = _safetensors(file)
+  from safetensors import SafetensorError
+
+  try:
+    return numpy.load_file(file)
+  except SafetensorError as error:
+    raise UserError(f"{file} is no safetensors file: {error}") from error
+
+
+def _safetensors(file: pathlib.Path) -> Any:
+  try:
+    import safetensors.numpy
+  except ImportError as error:
+    raise UserError(
+      f"{file} needs safetensors: pip install 'tetrad-jax[weights]'"
+    ) from error
+  return safetensors.numpy
+
+
+def _read_torch(file: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    import torch
+  except ImportError as error:
+    raise UserError(
+      f"{file} needs torch: pip install 'tetrad-jax[parity]'"
+    ) from error
+  try:
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    return {
+      name: value.detach().to(torch.float32).numpy()
+      for name, value in loaded.items()
+    }
+  except (
+    # Of files of another kind, and of what is no dictionary of tensors.
+    pickle.UnpicklingError, LookupError, EOFError, RuntimeError, AttributeError
+  ) as error:  # fmt: skip
+    raise UserError(
+      f"{file} holds no tensors that torch reads with weights_only=True: save "
+      "the model's state_dict alone"
+    ) from error
+
+
+def write_marian(folder: Any, state: State, config: Mapping[str, Any]) -> None:
+  """Writes what `MarianMTModel.from_pretrained` reads.
+
+  Args:
+    folder: is made.
+    state: see `thor.convert.to_marian`.
+    config: likewise.
+  """
+  path = pathlib.Path(folder)
+  file = path / "model.safetensors"
+  numpy = _safetensors(file)
+  path.mkdir(parents=True, exist_ok=True)
+  numpy.save_file(dict(state), file, metadata={"format": "pt"})
+  _write_json(path / "config.json", config)
