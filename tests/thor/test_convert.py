@@ -97,7 +97,7 @@ def test_names_and_directions_are_marians():
     state["model.encoder.layers.0.fc2.weight"],
     encoder[0]["feed_forward"]["down"]["kernel"].T,
   )
-  assert config["d_model"], config["decoder_ffn_dim"] == (8, 12)
+  assert (config["d_model"], config["decoder_ffn_dim"]) == (8, 12)
   assert config["forced_eos_token_id"] == 0
 
 

@@ -107,7 +107,7 @@ def check_same(model, params, settings):
 def test_logits_are_marians(options):
   model = marian(*options)
   params, settings = from_marian(tensors(model), model.config.to_dict())
-  assert settings.encoder_layers, settings.decoder_layers == options[1]
+  assert (settings.encoder_layers, settings.decoder_layers) == options[1]
   check_same(model, params, settings)
 
 
