@@ -18,7 +18,7 @@ if TYPE_CHECKING:
   from matplotlib.axes import Axes
   from matplotlib.figure import Figure
 
-KINDS = ("line", "area", "scatter", "heatmap")
+KINDS = ("line", "area", "scatter", "heatmap", "bars")
 SCALES = ("linear", "log")
 STYLE: Mapping[str, Any] = {
   "axes.spines.top": False,
@@ -58,7 +58,8 @@ class Plot:
       `predicted/(.+)` and `realised/(.+)`, and so do their values in one line
       of the metrics.
     kind: "line"; "area", stacked values that hold until the next line, such
-      as a mixture; "scatter"; "heatmap", one row a metric, for many.
+      as a mixture; "scatter"; "heatmap", one row a metric, for many; "bars",
+      the last value of each, to compare them.
     xlabel: of the horizontal axis.
     ylabel: of the vertical axis; what the colour means, in a heat map.
     xscale: "linear" or "log".
@@ -157,6 +158,7 @@ def draw(
     "area": _area,
     "scatter": _scatter,
     "heatmap": _heatmap,
+    "bars": _bars,
   }
   with _axes(plot) as (figure, axes):
     if not drawers[plot.kind](axes, plot, lines, palette):
@@ -327,6 +329,28 @@ def _heatmap(axes: "Axes", plot: Plot, lines, palette: Palette) -> bool:
   axes.grid(visible=False)
   axes.set_ylabel("")
   axes.figure.colorbar(mesh, ax=axes, label=plain(plot.ylabel), pad=0.01)
+  return True
+
+
+def _bars(axes: "Axes", plot: Plot, lines, palette: Palette) -> bool:
+  found = select(lines, plot.keys)
+  if not found:
+    return False
+  names = labels(list(found))
+  values = [series.values[-1] for series in found.values()]
+  places = range(len(names))
+  axes.figure.set_size_inches(9, max(2.4, 1.2 + 0.35 * len(names)))  # type: ignore
+  axes.barh(places, values, color=[palette(name)[0] for name in found])
+  for place, value in zip(places, values):
+    axes.annotate(
+      f"{value:.4g}", (value, place), xytext=(3, 0), va="center",
+      textcoords="offset points", fontsize=8,
+    )  # fmt: skip
+  axes.set_yticks(places, [plain(name) for name in names])
+  axes.invert_yaxis()
+  axes.grid(visible=False, axis="y")
+  axes.set_xlabel(plain(plot.ylabel))
+  axes.set_ylabel("")
   return True
 
 

@@ -4,7 +4,7 @@ Variants, to be combined with commas (`configs/thor.py:smoke,switch`):
 
   (none)      Unicode's locale data in eight languages; minutes on a laptop
   smoke       the same code path in less than a minute
-  small       a fourth of the text, to compare methods on: see `thor.compare`
+  small       a twelfth of the text, to compare methods on: see `thor.compare`
   iwslt14     the published script for IWSLT'14 De-En
   wmt16_en_de_big
               fairseq's recipe for the big model on WMT'16 En-De, with experts
@@ -46,6 +46,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # The longest source and target of each bucket; each compiles once.
   config.data.lengths = (16, 32, 96)
   config.data.max_rows = 0  # 0: no limit
+  # Divides the rows of every batch, so that 1 to 8 devices have the same ones.
+  config.data.row_multiple = 8
   config.data.too_long = "error"  # error | skip | cut
   config.data.workers = 0  # processes that make batches; 0: one thread
   config.data.prefetch = 2
@@ -125,7 +127,7 @@ def _source() -> ConfigDict:
   config.held_out = 0.1  # share of the names that only test_names has
   config.seed = 0
   # The other kinds: split -> files, and what is done with odd pairs.
-  config.splits = ConfigDict()
+  config.splits = ConfigDict({"train": (), "valid": (), "test": ()})
   config.empty = "error"  # error | skip
   config.max_ratio = 0.0
   config.max_length = 0
@@ -183,8 +185,8 @@ def _compare() -> ConfigDict:
   """What `python -m thor.compare` runs."""
   config = ConfigDict()
   config.systems = (
-    "dense, dense_2x, r_drop, switch, switch_2x, switch_agree, random_switch, "
-    "hash, thor_alpha0, thor, thor_distinct"
+    "dense, dense_2x, dense_wide, r_drop, switch, switch_2x, switch_agree, "
+    "random_switch, hash, thor_alpha0, thor, thor_distinct"
   )
   config.seeds = 3
   config.first_seed = 0
@@ -199,6 +201,8 @@ def _compare() -> ConfigDict:
     {
       "dense": (*dense, "objective.passes=1"),
       "dense_2x": (*dense, "objective.passes=1", "num_steps*=2"),
+      # As many parameters as with four experts in every second layer.
+      "dense_wide": (*dense, "objective.passes=1", "model.hidden*=2.5"),
       "r_drop": dense,
       "switch": ("routing.kind=switch", *one),
       "switch_2x": ("routing.kind=switch", *one, "num_steps*=2"),
@@ -232,9 +236,13 @@ def smoke(config: ConfigDict) -> None:
 
 def small(config: ConfigDict) -> None:
   """Little text and many epochs: where regularisation shows."""
-  config.num_steps = 2500
+  config.num_steps = 2000
   config.data.source.languages = ("de", "fr", "fi", "tr")
-  config.data.source.rows = 750
+  config.data.source.rows = 500
+  config.data.token_budget = 1024
+  config.data.lengths = (24, 96)
+  config.evaluation.every = 500
+  config.checkpoint.every = 1000
 
 
 def iwslt14(config: ConfigDict) -> None:
@@ -251,7 +259,7 @@ def iwslt14(config: ConfigDict) -> None:
   config.accum = 8
   config.data.source.update({"kind": "text", "languages": ()})
   config.data.source.splits = ConfigDict(
-    {name: [f"iwslt14/{name}.de", f"iwslt14/{name}.en"]
+    {name: (f"iwslt14/{name}.de", f"iwslt14/{name}.en")
      for name in ("train", "valid", "test")}
   )  # fmt: skip
   config.data.source.update({"max_ratio": 1.5, "max_length": 175})
@@ -277,7 +285,7 @@ def wmt16_en_de_big(config: ConfigDict) -> None:
   config.accum = 16
   config.data.source.update({"kind": "text", "languages": ()})
   config.data.source.splits = ConfigDict(
-    {name: [f"wmt16/{name}.en", f"wmt16/{name}.de"]
+    {name: (f"wmt16/{name}.en", f"wmt16/{name}.de")
      for name in ("train", "valid", "test")}
   )  # fmt: skip
   config.data.lengths = (16, 32, 64, 128, 256)
@@ -306,7 +314,7 @@ def multilingual_big(config: ConfigDict) -> None:
   config.data.source.language_key = "language"
   config.data.source.splits = ConfigDict(
     {
-      name: f"multilingual/{name}/*.jsonl"
+      name: (f"multilingual/{name}/*.jsonl",)
       for name in ("train", "valid", "test")
     }
   )

@@ -20,6 +20,7 @@ _EXPORTS = {
   "Dispatch": "thor.dispatch",
   "prepare": "thor.dispatch",
   "export_dense": "thor.paths",
+  "keep_experts": "thor.paths",
   "Search": "thor.decode",
   "beam_search": "thor.decode",
   "load_run": "thor.run",

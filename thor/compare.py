@@ -19,9 +19,8 @@ from common import app
 log = logging.getLogger(__name__)
 EXAMPLE = "python -m thor.compare --config=configs/thor.py:small --seeds=3"
 RESULT = "result.json"
-# What a comparison's folder may be started again with, besides what a single
-# training may.
-FREE = ("seed", "compare")
+# Without a seed, the ways to use a model have one score.
+_DRAWN = ("dispatch_sentence", "dispatch_token", "dispatch_batch", "ensemble")
 _TIMES = "*="
 
 
@@ -124,7 +123,7 @@ def compare(config: Any, workdir: str) -> str:
   folder = epath.Path(workdir)
   jobs = make_jobs(config)
   if any(folder.glob(f"runs/*/*/{RESULT}")):
-    config_lib.check_resume(folder, config, free=(*train.FREE, *FREE))
+    config_lib.check_resume(folder, config, free=_free("seed"))
   for job in jobs:
     train.check(job.config)
   folder.mkdir(parents=True, exist_ok=True)
@@ -146,6 +145,14 @@ def compare(config: Any, workdir: str) -> str:
   return path
 
 
+def _free(*more: str) -> tuple[str, ...]:
+  """What may differ when a comparison goes on: nothing that makes scores."""
+  from thor import train
+
+  kept = [key for key in train.FREE if key != "translation"]
+  return (*kept, "compare", *more)
+
+
 def _bleu(result: Result) -> float:
   names = [n for n in result.scores if n.endswith("/bleu")]
   return result.scores[next(n for n in names if not n.startswith("copy_"))]
@@ -161,8 +168,15 @@ def make_jobs(config: Any) -> list[Job]:
   from common.errors import UserError
 
   cfg = config.compare
-  if cfg.seeds < 1:
-    raise UserError(f"compare.seeds={cfg.seeds} must be at least 1")
+  for key, least in (("seeds", 1), ("first_seed", 0), ("samples", 1),
+                     ("mode_seeds", 1)):  # fmt: skip
+    if cfg[key] < least:
+      raise UserError(f"compare.{key}={cfg[key]} must be at least {least}")
+  if cfg.baseline not in cfg.settings:
+    raise UserError(
+      f"compare.baseline={cfg.baseline!r}"
+      f"{did_you_mean(cfg.baseline, cfg.settings)}"
+    )
   names = [name.strip() for name in cfg.systems.split(",") if name.strip()]
   if not names:
     raise UserError("compare.systems is empty: name at least one")
@@ -202,12 +216,10 @@ def job_config(config: Any, system: str, seed: int) -> Any:
 def _kept(folder: Any, job: Job) -> Result | None:
   """The result of a job that has finished with the same configuration."""
   from common import config as config_lib
-  from thor import train
 
   result = Result.load(folder / job.folder)
   if result is not None:
-    free = (*train.FREE, "compare")
-    config_lib.check_resume(folder / job.folder, job.config, free=free)
+    config_lib.check_resume(folder / job.folder, job.config, free=_free())
   return result
 
 
@@ -238,9 +250,9 @@ def run_job(folder: Any, job: Job) -> Result:
     seconds=_seconds(lines),
     modes=_modes(job.config, run) if job.system == "thor" else {},
   )
+  result.save(path)
   if not job.config.compare.keep_checkpoints:
     (path / "checkpoints").rmtree()
-  result.save(path)
   # Programs of other shapes would pile up.
   jax.clear_caches()
   return result
@@ -272,7 +284,8 @@ def _modes(config: Any, run: Any) -> dict[str, dict[str, list[float]]]:
   pairs = splits[next((n for n in splits if n.startswith("test")), "valid")]
   made: dict[str, dict[str, list[float]]] = {}
   for mode in config.translation.modes:
-    for seed in range(config.compare.mode_seeds):
+    is_drawn = mode.partition(":")[0] in _DRAWN
+    for seed in range(config.compare.mode_seeds if is_drawn else 1):
       for metric, value in mode_scores(run, pairs, mode, seed).items():
         made.setdefault(mode, {}).setdefault(metric, []).append(value)
   return made

@@ -146,9 +146,10 @@ def _table(split: str, results: Sequence[Result]) -> str:
     "training, TFLOP", "translation, MFLOP", "training, minutes",
   )  # fmt: skip
   note = (
-    "Training counts the matrix products of all updates, translation those of "
-    "a source token and a target token; by formula. Minutes are wall time "
-    "beside whatever else ran."
+    "Training counts the matrix products of all updates, the room that "
+    "experts keep included and padding left out; translation those of a source "
+    "token and a target token; by formula. Minutes are wall time beside "
+    "whatever else ran."
   )
   return f"## {split}\n\n{markdown_table(header, rows)}\n\n{note}"
 
@@ -286,14 +287,16 @@ def _modes(config: Any, results: Sequence[Result]) -> str:
         [result.modes[mode][metric] for result in own if mode in result.modes]
       )
       # [trainings, draws]: the draws' spread within a training.
-      spread = values.std(axis=1, ddof=1).mean() if values.shape[1] > 1 else 0
-      cells.append(f"{values.mean():.1f} ({spread:.2f})")
+      spread = "–"
+      if values.shape[1] > 1:
+        spread = f"{values.std(axis=1, ddof=1).mean():.2f}"
+      cells.append(f"{values.mean():.1f} ({spread})")
     way = Dispatch.parse(mode, routing)
     rows.append((f"`{way}`", *cells, f"{_cost(config, way):.2f}"))
   header = ("dispatch", *(title for _, title in METRICS), "cost")
   note = (
     f"Means over languages, {len(own)} trainings and "
-    f"{config.compare.mode_seeds} seeds of the draws, of at most "
+    f"{config.compare.mode_seeds} seeds where there are draws, of at most "
     f"{config.translation.mode_rows} sentences a language; in brackets the "
     "standard deviation over draws. Cost is that of a token's matrix products "
     "against one expert a layer."

@@ -1,18 +1,27 @@
 """The text of a run: pairs, vocabulary, ids, batches."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
 import numpy as np
 
+from common.config import did_you_mean
 from common.errors import UserError
-from thor.buckets import BucketedPairs, EncodedPairs, bucket_pairs, make_buckets
+from thor.buckets import (
+  TOO_LONG,
+  BucketedPairs,
+  Buckets,
+  EncodedPairs,
+  bucket_pairs,
+  make_buckets,
+)
 from thor.data import row_multiple
 from thor.pairs import ParallelText
 from thor.routing import Routing, expert_counts, hash_table
 from thor.sources import load_parallel
-from thor.vocabulary import Vocabulary, vocabulary_for
+from thor.vocabulary import KINDS, Vocabulary, vocabulary_for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +107,40 @@ def encode_pairs(
   )
 
 
+def check_text(config: Any) -> None:
+  """Refuses settings of the text before any of it is read."""
+  too_long, kind = config.data.too_long, config.vocabulary.kind
+  if too_long not in TOO_LONG:
+    raise UserError(
+      f"data.too_long={too_long!r}{did_you_mean(str(too_long), TOO_LONG)}"
+    )
+  if kind not in KINDS:
+    raise UserError(f"vocabulary.kind={kind!r}{did_you_mean(str(kind), KINDS)}")
+
+
+def make_batch_shapes(
+  config: Any, sharding: Any, *, rows: int = 1
+) -> tuple[Buckets, Buckets]:
+  """The shapes of batches of training and of validation.
+
+  Args: as for `make_plans`.
+  """
+  cfg = config.data
+  settings = {"lengths": cfg.lengths, "max_rows": cfg.max_rows or None}
+  train = make_buckets(
+    cfg.token_budget,
+    multiple=_multiple(cfg, row_multiple(sharding, config.accum) * rows),
+    **settings,
+  )
+  # Nothing is accumulated here; in all else the shapes are the same.
+  valid = make_buckets(
+    max(cfg.token_budget // config.accum, 1),
+    multiple=_multiple(cfg, row_multiple(sharding) * rows),
+    **settings,
+  )
+  return train, valid
+
+
 def make_plans(
   config: Any, corpus: Corpus, sharding: Any, *, rows: int = 1
 ) -> tuple[BucketedPairs, BucketedPairs]:
@@ -112,23 +155,16 @@ def make_plans(
   Raises:
     UserError: see `thor.buckets`.
   """
-  cfg = config.data
-  settings = {
-    "lengths": cfg.lengths,
-    "max_rows": cfg.max_rows or None,
-  }
-  train = make_buckets(
-    cfg.token_budget,
-    multiple=row_multiple(sharding, config.accum) * rows,
-    **settings,
-  )
-  # Nothing is accumulated here; in all else the shapes are the same.
-  valid = make_buckets(
-    max(cfg.token_budget // config.accum, 1),
-    multiple=row_multiple(sharding) * rows,
-    **settings,
-  )
+  train, valid = make_batch_shapes(config, sharding, rows=rows)
+  too_long = config.data.too_long
   return (
-    bucket_pairs(corpus.train, train, too_long=cfg.too_long),
-    bucket_pairs(corpus.valid, valid, too_long=cfg.too_long),
+    bucket_pairs(corpus.train, train, too_long=too_long),
+    bucket_pairs(corpus.valid, valid, too_long=too_long),
   )
+
+
+def _multiple(cfg: Any, needed: int) -> int:
+  """Rows that fit this mesh, and if possible other ones alike."""
+  if cfg.row_multiple < 1:
+    raise UserError(f"data.row_multiple={cfg.row_multiple} must be at least 1")
+  return math.lcm(needed, cfg.row_multiple)

@@ -5,6 +5,7 @@
     encoder layer   8 d^2 + 4 d f       a source token
     decoder layer   16 d^2 + 4 d f      a target token
     logits          2 d v               a target token
+    gate            2 d k               in each expert layer
 
 Scores of attention, norms and sums are left out, as they are small at the
 lengths of sentences. A backward pass costs two forward ones.
@@ -40,13 +41,16 @@ def forward_flops(
   Args:
     settings: the model's.
     experts_run: experts that one token passes in each expert layer: k for
-      `average_output`.
+      `average_output`; where experts keep room for more than their tokens,
+      the room in even shares.
     members: models that run, of an ensemble.
   """
   width, hidden = settings.width, settings.hidden
   encoder, decoder = settings.expert_layers
   attend, feed = 8 * width**2, 4 * width * hidden
   extra = feed * (experts_run - 1)
+  if settings.gated:
+    extra += 2 * width * settings.experts
   source = settings.encoder_layers * (attend + feed) + encoder * extra
   target = settings.decoder_layers * (2 * attend + feed) + decoder * extra
   target += 2 * width * settings.vocab_size
@@ -63,5 +67,5 @@ def dispatch_flops(settings: Settings, name: str, number: int) -> Cost:
 
 def train_flops(settings: Settings, *, passes: int) -> Cost:
   """The cost of a token in a training step."""
-  forward = forward_flops(settings)
+  forward = forward_flops(settings, experts_run=settings.capacity or 1.0)
   return Cost(3 * passes * forward.source, 3 * passes * forward.target)

@@ -1,4 +1,4 @@
-"""Translating: beam search and sampling.
+"""Translating by beam search.
 
 # b sentences, k beams, n hypotheses, s source time, t target time,
 # v vocabulary, p prefix, c candidates

@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from thor import layers
-from thor.dispatch import Prepared, sentence_keys
+from thor.dispatch import Prepared, is_expert, sentence_keys
 from thor.expert_layer import run_experts
 from thor.layers import Array, Params
-from thor.model import embedded, layer, masks_of
+from thor.model import computed, embedded, layer, masks_of
 from thor.paths import layers_of
 from thor.settings import Settings
 
 Cache = list[dict[str, Array]]
-_NEVER = -1e9  # a logit; finite, so that rows without any key have no NaN
 
 
 @flax.struct.dataclass
@@ -210,10 +209,7 @@ def _weights(settings: Settings, params: Any) -> dict:
   table = params["embedding"].astype(settings.dtype).T
   params["logits"] = jax.lax.optimization_barrier(table)
   return params | {
-    "layers": [
-      jax.tree.map(lambda leaf: leaf.astype(settings.dtype), ready(own))
-      for own in each
-    ]
+    "layers": [computed(ready(own), settings.dtype) for own in each]
   }
 
 
@@ -234,8 +230,7 @@ def _member_axes(prepared: Prepared) -> Any:
 
   def axis(path: Any, leaf: Any) -> int | None:
     del leaf
-    is_expert = any(getattr(p, "key", "") == "experts" for p in path)
-    return 0 if is_expert else None
+    return 0 if is_expert(path) else None
 
   make = functools.partial(_weights, prepared.settings)
   return jax.tree_util.tree_map_with_path(
@@ -349,7 +344,7 @@ def _step(
     x = _sublayer(settings, own["feed_forward_norm"], x, feed)
   if settings.pre_norm:
     x = layers.norm(weights["norm"], x)
-  logits = (x @ weights["logits"]).astype(jnp.float32)
+  logits = jnp.matmul(x, weights["logits"], preferred_element_type=jnp.float32)
   if settings.logits_bias:
     logits = layers.plus(logits, weights["logits_bias"])
   return logits.reshape(*rows, -1), new_cache
@@ -409,9 +404,11 @@ def _cross_attention(
 
 def _looked_up(query: Array, key: Array, value: Array, mask: Array) -> Array:
   """[… q e], [… e n], [… n e] -> [… q e]."""
-  logits = jnp.einsum("...qe,...en->...qn", query, key).astype(jnp.float32)
+  logits = jnp.einsum(
+    "...qe,...en->...qn", query, key, preferred_element_type=jnp.float32
+  )
   mask = jnp.broadcast_to(mask, logits.shape)
-  weights = jax.nn.softmax(jnp.where(mask, logits, _NEVER))
+  weights = jax.nn.softmax(jnp.where(mask, logits, layers.NEVER))
   return jnp.einsum("...qn,...ne->...qe", weights.astype(value.dtype), value)
 
 

@@ -19,6 +19,7 @@ computes an expert it does not use.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -131,9 +132,7 @@ class Prepared:
 
     def axis(path: Any, leaf: Array) -> int | None:
       del leaf
-      return (
-        0 if any(getattr(p, "key", "") == "experts" for p in path) else None
-      )
+      return 0 if is_expert(path) else None
 
     return jax.tree_util.tree_map_with_path(axis, self.params)
 
@@ -250,14 +249,18 @@ def draw_paths(key: Array, members: int, layers: int, experts: int) -> Array:
   return jax.random.randint(key, (members, layers), 0, experts)
 
 
+def is_expert(path: Sequence[Any]) -> bool:
+  """Whether a leaf at this path, of `jax.tree_util`, is of an expert."""
+  return any(getattr(part, "key", "") == "experts" for part in path)
+
+
 def _ensemble(params: PyTree, settings: Settings, paths: Array):
   """Experts' parameters with a leading axis of members, the rest as it is."""
   made = [take_path(params, settings, path) for path in paths]
   trees = [tree for tree, _ in made]
 
   def join(path: Any, *leaves: Array) -> Array:
-    is_expert = any(getattr(p, "key", "") == "experts" for p in path)
-    return jnp.stack(leaves) if is_expert else leaves[0]
+    return jnp.stack(leaves) if is_expert(path) else leaves[0]
 
   return jax.tree_util.tree_map_with_path(join, *trees), made[0][1]
 

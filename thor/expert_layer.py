@@ -94,11 +94,8 @@ def _run(
       keep=None if keep is None else keep.astype(x.dtype),
     )  # fmt: skip
     return out, all_kept
-  if settings.activation_dropout and dropout.key is not None:
-    raise UserError(
-      f"model.activation_dropout={settings.activation_dropout} only works "
-      "where one expert serves the whole batch: set it to 0"
-    )
+  if dropout.key is not None:
+    check_experts(settings, by_batch=False)
   if ids.ndim == 1:
     ids = _by_token(ids, (rows, length))
   if how == "capacity":
@@ -115,6 +112,15 @@ def _run(
     activation=activate, placement=placement,
   )  # fmt: skip
   return out.reshape(rows, -1, width)[:, :length], all_kept
+
+
+def check_experts(settings: Settings, *, by_batch: bool) -> None:
+  """Refuses to drop hidden units that tokens of several experts share."""
+  if settings.activation_dropout and not by_batch:
+    raise UserError(
+      f"model.activation_dropout={settings.activation_dropout} only works "
+      "where one expert serves the whole batch: set it to 0"
+    )
 
 
 def _with_room(settings, stack, x, ids, mask, factor, placement):

@@ -30,7 +30,7 @@ ACTIVATIONS = {
 }
 POSITIONS = ("fairseq", "marian")
 _EPSILON = 1e-5  # of the norms
-_NEVER = -1e9  # a logit; finite, so that rows without any key have no NaN
+NEVER = -1e9  # a logit; finite, so that rows without any key have no NaN
 
 
 class Site(enum.IntEnum):
@@ -135,15 +135,17 @@ def attention(
   )
   key = heads_of(params["key"], memory)
   value = heads_of(params["value"], memory)
-  logits = jnp.einsum("bthe,bshe->bhts", query, key).astype(jnp.float32)
+  logits = jnp.einsum(
+    "bthe,bshe->bhts", query, key, preferred_element_type=jnp.float32
+  )
   mask = jnp.broadcast_to(mask, logits.shape)
-  weights = jax.nn.softmax(jnp.where(mask, logits, _NEVER))
+  weights = jax.nn.softmax(jnp.where(mask, logits, NEVER))
   weights = dropout(weights, rate, site).astype(x.dtype)
   mixed = jnp.einsum("bhts,bshe->bthe", weights, value)
   return joined(params["out"], mixed)
 
 
-def sinusoids(length: int, width: int, *, kind: str, start: int = 0) -> Any:
+def sinusoids(length: int, width: int, *, kind: str) -> Any:
   """Position vectors: sines, then cosines.
 
       fairseq   frequencies 10000^(-i / (d/2 - 1)), the first position is 2
@@ -153,7 +155,6 @@ def sinusoids(length: int, width: int, *, kind: str, start: int = 0) -> Any:
     length: t.
     width: d, even.
     kind: one of `POSITIONS`.
-    start: how many positions precede.
 
   Returns:
     float32 [t d], NumPy.
@@ -161,7 +162,7 @@ def sinusoids(length: int, width: int, *, kind: str, start: int = 0) -> Any:
   half = width // 2
   first, last = (2, half - 1) if kind == "fairseq" else (0, half)
   frequencies = 10_000.0 ** (-np.arange(half) / max(last, 1))
-  places = first + start + np.arange(length)
+  places = first + np.arange(length)
   angles = places[:, None] * frequencies[None]
   table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
   return table.astype(np.float32)

@@ -220,7 +220,7 @@ def layer(
   Returns:
     [b t d], and what the experts report; {} without.
   """
-  params = jax.tree.map(lambda p: p.astype(settings.dtype), dict(params))
+  params = computed(params, settings.dtype)
   report = {}
 
   def sublayer(x: Array, name: str, site: Site, run: Any) -> Array:
@@ -259,6 +259,18 @@ def layer(
     x = sublayer(x, "cross_attention_norm", Site.CROSS_ATTENTION, run)
   x = sublayer(x, "feed_forward_norm", Site.FEED_FORWARD, feed_forward)
   return x, report
+
+
+def computed(params: Any, dtype: Any) -> Any:
+  """A layer's parameters as products take them; norms and gates stay as they
+  are, float32.
+  """
+
+  def cast(path: Any, leaf: Array) -> Array:
+    kept = any("norm" in str(p) or "gate" in str(p) for p in path)
+    return leaf if kept else leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, dict(params))
 
 
 def masks_of(
@@ -301,8 +313,9 @@ def embedded(
 
 def logits_of(x: Array, table: Array, bias: Array | None) -> Array:
   """[b t d] -> float32 [b t v]."""
-  logits = jnp.einsum("btd,vd->btv", x, table.astype(x.dtype))
-  logits = logits.astype(jnp.float32)
+  logits = jnp.einsum(
+    "btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32
+  )
   return logits if bias is None else layers.plus(logits, bias)
 
 

@@ -71,7 +71,7 @@ def make_loss_fn(
   Raises:
     UserError: for values without a meaning.
   """
-  _check(passes, alpha, label_smoothing)
+  check_objective(passes, alpha, label_smoothing)
   cfg = model.settings
 
   def loss_fn(params: PyTree, batch: Any, rngs: Any) -> tuple[Array, Metrics]:
@@ -109,7 +109,8 @@ def make_loss_fn(
   return loss_fn
 
 
-def _check(passes: int, alpha: float, label_smoothing: float) -> None:
+def check_objective(passes: int, alpha: float, label_smoothing: float) -> None:
+  """Refuses values without a meaning."""
   if passes not in (1, 2):
     raise UserError(f"objective.passes={passes} must be 1 or 2")
   if not 0 <= alpha < float("inf"):

@@ -58,6 +58,41 @@ def mean_weights(params: PyTree, settings: Settings) -> tuple[PyTree, Settings]:
   return _with_stacks(params, settings, take), _of_one(settings)
 
 
+def keep_experts(
+  params: PyTree, settings: Settings, kept: Sequence[int]
+) -> tuple[PyTree, Settings]:
+  """The model with some of its experts, the same in every layer.
+
+  A model that was trained with draws needs no further training for that.
+
+  Args:
+    params: of a model with experts.
+    settings: its.
+    kept: which experts; the first of them is number 0 from then on.
+
+  Raises:
+    UserError: for none, the same twice, one that is not there, and gates, which
+      know all of theirs.
+  """
+  wanted = list(kept)
+  known = set(range(settings.experts))
+  if not wanted or len(set(wanted)) < len(wanted) or not set(wanted) <= known:
+    raise UserError(
+      f"kept={wanted}: name experts from 0 to {settings.experts - 1}, at least "
+      "one and none twice"
+    )
+  if settings.gated:
+    raise UserError("a model with gates needs all of its experts")
+  index = np.array(wanted)
+
+  def take(stack: PyTree, side: str, places: np.ndarray) -> PyTree:
+    del side, places
+    return jax.tree.map(lambda leaf: leaf[:, index], stack)
+
+  made = _with_stacks(params, settings, take)
+  return made, dataclasses.replace(settings, experts=len(wanted))
+
+
 def _of_one(settings: Settings) -> Settings:
   return dataclasses.replace(settings, experts=1, gated=False)
 

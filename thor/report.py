@@ -46,6 +46,15 @@ def make_spec(config: Any, setup: Any) -> ReportSpec:
     )
   if setup.routing.experts > 1:
     plots += _expert_plots(setup)
+  if config.translation.modes:
+    plots.append(
+      Plot(
+        "Quality by dispatch",
+        (r"mode/chrf/(.+)",),
+        kind="bars",
+        ylabel="chrF, mean over languages",
+      )
+    )
   plots += [
     Plot("Test BLEU by language", (r"test/bleu/(.+)",), ylabel="BLEU"),
     Plot("Gradient norm", (r"train/grad_norm",), yscale="log"),

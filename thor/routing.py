@@ -107,6 +107,15 @@ class Routing:
         raise UserError(
           f"routing.{name}={value!r}{did_you_mean(str(value), allowed)}"
         )
+    if not 0 <= self.balance < float("inf"):
+      raise UserError(f"routing.balance={self.balance} must be a number from 0")
+    if self.kind != "thor" and (self.level, self.pair) != (
+      "batch", "independent",
+    ):  # fmt: skip
+      raise UserError(
+        f"routing.level={self.level!r} and routing.pair={self.pair!r} are for "
+        f"kind 'thor', not for {self.kind!r}: leave them as they are"
+      )
     if self.experts < 1:
       raise UserError(f"routing.experts={self.experts} must be at least 1")
     if self.pair == "distinct" and self.kind == "thor" and self.experts < 2:
@@ -119,6 +128,12 @@ class Routing:
         f"routing.kind='dense' has one expert; routing.experts={self.experts}: "
         "set it to 1"
       )
+
+  @property
+  def by_batch(self) -> bool:
+    """Whether one expert of a layer serves a whole batch."""
+    drawn = self.kind == "thor" and self.level == "batch"
+    return drawn or self.experts == 1
 
   @property
   def gated(self) -> bool:
@@ -187,9 +202,12 @@ def train_routes(
       key, sum(layers), routing.experts, passes, pair=routing.pair
     )
     return [Routes(own[: layers[0]], own[layers[0] :]) for own in ids]
-  made = []
+  made: list[Routes] = []
   for i in range(passes):
     own = jax.random.fold_in(key, i)
+    if made and routing.kind == "thor" and routing.pair == "distinct":
+      made.append(_other_experts(routing, own, made[0]))
+      continue
     draw = functools.partial(_draw_many, routing, own)
     made.append(
       Routes(
@@ -199,6 +217,20 @@ def train_routes(
       )
     )
   return made
+
+
+def _other_experts(routing: Routing, key: Array, first: Routes) -> Routes:
+  """All experts of a layer moved on by one number, so that none is the same and
+  each still comes equally often.
+  """
+
+  def moved(ids: Array, key: Array) -> Array:
+    shape = (len(ids), *[1] * (ids.ndim - 1))
+    steps = jax.random.randint(key, shape, 1, routing.experts)
+    return (ids + steps) % routing.experts
+
+  encoder, decoder = jax.random.split(key)
+  return jax.tree.map(moved, first, Routes(encoder, decoder, how=first.how))
 
 
 def row_shards() -> int:

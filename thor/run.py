@@ -27,6 +27,7 @@ class Run:
     config: of the training.
     table: of hash, int32 [v]; None for other kinds of routing.
     step: which checkpoint was read, of several the last.
+    facts: what was written down of the training, such as `text_hash`.
   """
 
   config: Any
@@ -36,6 +37,7 @@ class Run:
   params: Any
   table: jax.Array | None
   step: int
+  facts: dict[str, Any]
 
 
 def load_run(
@@ -69,7 +71,7 @@ def load_run(
     _, state = load_params(checkpoints, step=found, item="state")
     table = jnp.asarray(state["extra"]["hash_table"])
   params = jax.tree.map(jnp.asarray, params)
-  return Run(config, vocabulary, settings, routing, params, table, found)
+  return Run(config, vocabulary, settings, routing, params, table, found, facts)
 
 
 def _facts(folder: str | os.PathLike[str]) -> dict[str, Any]:

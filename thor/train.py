@@ -29,12 +29,24 @@ from common.step import StepFn, make_train_step
 from common.train import train
 from common.workdir import Workdir
 from thor.buckets import BucketedPairs
-from thor.corpus import Corpus, make_corpus, make_plans
+from thor.corpus import (
+  Corpus,
+  check_text,
+  make_batch_shapes,
+  make_corpus,
+  make_plans,
+)
 from thor.data import eval_batches, train_loader
 from thor.dispatch import Dispatch
 from thor.evaluation import Evaluator
+from thor.expert_layer import check_experts
 from thor.model import Transformer, init_params, rules_of
-from thor.objective import STREAMS, expert_grad_norms, make_loss_fn
+from thor.objective import (
+  STREAMS,
+  check_objective,
+  expert_grad_norms,
+  make_loss_fn,
+)
 from thor.report import make_spec
 from thor.routing import Routing
 from thor.settings import Settings, make_settings
@@ -42,8 +54,8 @@ from thor.translations import TestTranslations, check_translation
 
 log = logging.getLogger(__name__)
 
-# Keys that may change when a run is resumed: the batches stay the same, and so
-# do all numbers, but for the order of sums on another mesh.
+# Keys that may change when a run is resumed: all numbers stay the same, but for
+# the order of sums on another mesh. (One that needs other batches is refused.)
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
         "data.prefetch", "mesh", "translation")  # fmt: skip
 
@@ -93,8 +105,13 @@ def make_routing(config: Any) -> Routing:
 def check(config: Any) -> None:
   """Refuses what can be refused before any text is read; see `make_setup`."""
   check_counts(config)
-  check_translation(config, make_routing(config))
-  make_setup(config, vocab_size=config.vocabulary.size)
+  routing = make_routing(config)
+  check_objective(**config.objective.to_dict())
+  check_translation(config, routing)
+  check_text(config)
+  setup = make_setup(config, vocab_size=config.vocabulary.size)
+  check_experts(setup.settings, by_batch=routing.by_batch)
+  make_batch_shapes(config, setup.sharding, rows=routing.row_multiple)
 
 
 def make_setup(config: Any, *, vocab_size: int, table: Any = None) -> Setup:
@@ -194,7 +211,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> TrainState:
         config,
         free=FREE,
         facts=corpus.facts() | _batch_facts(plans[0]),
-        pinned=("text_hash", "vocabulary"),
+        pinned=("text_hash", "vocabulary", "batch_rows"),
         keep=config.checkpoint.keep,
         best="eval/loss" if config.checkpoint.keep_best else None,
         tensorboard=config.log.tensorboard,
@@ -231,6 +248,7 @@ def _batch_facts(plan: BucketedPairs) -> dict[str, Any]:
     "tokens_per_batch": [round(source), round(target)],
     "fill_rate": [round(rate, 3) for rate in plan.fill_rate],
     "batches_an_epoch": plan.num_batches,
+    "batch_rows": [shape.rows for shape in plan.buckets.shapes],
   }
 
 

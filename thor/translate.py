@@ -1,9 +1,14 @@
 """`python -m thor.translate runs/thor "The text." --language de`."""
 
 import contextlib
+import dataclasses
+import io
 import math
 import os
+import select
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +17,10 @@ from common.errors import UserError
 from common.flags import Parser
 
 EXAMPLE = 'python -m thor.translate runs/thor "Good morning" --language de'
+# Of a run's `config.translation`, where a flag is not given.
+SEARCH = ("beam", "length_penalty", "penalty", "max_ratio", "max_extra")
+_PATIENCE = 0.1  # seconds that lines which came may wait for more
+_CHUNK = 1 << 16  # bytes
 
 
 def make_parser() -> Parser:
@@ -27,30 +36,35 @@ def make_parser() -> Parser:
   add("--input", metavar="FILE", help="UTF-8 text, a sentence a line")
   add("--output", metavar="FILE", help="else standard output")
   add("--language", default="", help="what to translate into, such as de")
-  add("--beam", type=int, default=4, help="1: greedy (4)")
-  add("--length_penalty", type=float, default=1.0, help="larger: longer (1.0)")
-  add("--penalty", default="fairseq", help="fairseq or gnmt")
-  add("--max_ratio", type=float, default=1.2, help="tokens by the source's")
-  add("--max_extra", type=int, default=10, help="and so many more (10)")
-  add("--n_best", type=int, default=1, help="translations of each line (1)")
+  add("--beam", type=int, help="1: greedy; else the run's")
+  add("--length_penalty", type=float, help="larger: longer; else the run's")
+  add("--penalty", help="fairseq or gnmt; else the run's")
+  add("--max_ratio", type=float, help="tokens by the source's; else the run's")
+  add("--max_extra", type=int, help="and so many more; else the run's")
+  add(
+    "--n_best",
+    type=int,
+    default=1,
+    help="translations of each line, a line each; empty where there are fewer "
+    "(1)",
+  )
   add("--scores", action="store_true", help="each after its score and a tab")
   add(
     "--dispatch",
-    default="",
     metavar="MODE",
-    help="which experts translate, such as fixed:0 or ensemble:4; by default "
-    "what goes with the training",
+    help="which experts translate, such as fixed:0 or ensemble:4; else the "
+    "run's",
   )
-  add("--seed", type=int, default=0, help="of experts and samples (0)")
+  add("--seed", type=int, help="of experts and samples; else the run's")
   add("--sample", action="store_true", help="draw instead of searching")
   add("--temperature", type=float, default=1.0, help="of --sample (1.0)")
   add("--top_k", type=int, default=0, help="of --sample, 0: all")
   add("--top_p", type=float, default=1.0, help="of --sample, 1: all")
-  add("--batch_tokens", type=int, default=4096, help="of a batch (4096)")
+  add("--batch_tokens", type=int, help="of a batch; else the run's")
   add(
     "--too_long",
-    default="error",
-    help="lines that do not fit: error, split or cut (error)",
+    default="split",
+    help="lines longer than the run's longest: error, split or cut (split)",
   )
   add("--step", type=int, help="which checkpoint; else the newest")
   add("--average", type=int, default=1, help="the mean of so many checkpoints")
@@ -68,22 +82,18 @@ def main() -> None:
 
   import logging
 
-  from thor.decode import Search
-
-  search = Search(
-    beam=max(args.beam, args.n_best) if args.sample else args.beam,
-    n_best=args.n_best,
-    length_penalty=args.length_penalty,
-    penalty=args.penalty,
-    max_ratio=args.max_ratio,
-    max_extra=args.max_extra,
-  )
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
-  translator, vocabulary = _translator(args, search)
+  translator, vocabulary = _translator(args)
   language = _language(args.language, vocabulary)
   try:
-    with _writer(args.output) as write, _progress(args) as advance:
-      for made in translator.translate(_lines(args), language):
+    with (
+      _reader(args) as lines,
+      _writer(args.output) as write,
+      _progress(args) as advance,
+    ):
+      for made in translator.translate(
+        lines, language, is_ready=lines.is_ready
+      ):
         for text, score in made.n_best:
           shown = text.replace("\n", " ")
           write(f"{score:.4f}\t{shown}\n" if args.scores else f"{shown}\n")
@@ -99,7 +109,7 @@ def _check(parser: Parser, args: Any) -> None:
     parser.error("give a text or --input, not both")
   if args.output is not None and args.output == args.input:
     parser.error(f"--output={args.output} would overwrite --input")
-  if args.batch_tokens < 1:
+  if args.batch_tokens is not None and args.batch_tokens < 1:
     parser.error(f"--batch_tokens={args.batch_tokens} must be at least 1")
   if not 0 < args.temperature < math.inf:
     parser.error(f"--temperature={args.temperature} must be a number above 0")
@@ -107,43 +117,70 @@ def _check(parser: Parser, args: Any) -> None:
     parser.error(f"--top_k={args.top_k} must be at least 0")
   if not 0 < args.top_p <= 1:
     parser.error(f"--top_p={args.top_p} must be in (0, 1]")
+  if args.seed is not None and not 0 <= args.seed < 2**32:
+    parser.error(f"--seed={args.seed} must be from 0 to {2**32 - 1}")
+  if args.sample and args.beam is not None:
+    parser.error(f"--beam={args.beam} does not go with --sample: leave one out")
   if not args.sample and (args.temperature, args.top_k, args.top_p) != (
     1.0, 0, 1.0,
   ):  # fmt: skip
     parser.error("--temperature, --top_k and --top_p go with --sample")
 
 
-def _translator(args: Any, search: Any) -> tuple[Any, Any]:
+def _translator(args: Any) -> tuple[Any, Any]:
   """Loads the run; (translator, its vocabulary)."""
+  import jax.numpy as jnp
+
   from thor.dispatch import Dispatch, prepare
   from thor.run import load_run
   from thor.translator import Translator
 
   run = load_run(args.run, step=args.step, average=args.average)
-  way = Dispatch.parse(args.dispatch, run.routing)
+  config = run.config
+
+  def chosen(flag: Any, own: Any) -> Any:
+    return own if flag is None else flag
+
+  # All 32 bits: of a Python number jax would make one with a sign.
+  seed = jnp.uint32(chosen(args.seed, config.evaluation.seed))
+  mode = chosen(args.dispatch, config.evaluation.dispatch)
   prepared = prepare(
-    run.params, run.settings, way, seed=args.seed, table=run.table
+    run.params,
+    run.settings,
+    Dispatch.parse(mode, run.routing),
+    seed=seed,
+    table=run.table,
   )
   sampling = None
   if args.sample:
     sampling = {
-      "seed": args.seed,
+      "seed": seed,
       "temperature": args.temperature,
       "top_k": args.top_k,
       "top_p": args.top_p,
     }
-  # Somebody who types waits for each line.
-  types = args.text is None and args.input is None and sys.stdin.isatty()
   translator = Translator(
     prepared,
     run.vocabulary,
-    search,
-    token_budget=args.batch_tokens,
+    _search(args, config),
+    lengths=[n if isinstance(n, int) else n[0] for n in config.data.lengths],
+    token_budget=chosen(args.batch_tokens, config.translation.token_budget),
     too_long=args.too_long,
     sampling=sampling,
-    window=1 if types else None,
   )
   return translator, run.vocabulary
+
+
+def _search(args: Any, config: Any) -> Any:
+  """The run's search, with what the flags change."""
+  from thor.translations import make_search
+
+  given = {name: getattr(args, name) for name in SEARCH}
+  given = {name: value for name, value in given.items() if value is not None}
+  if args.sample:
+    given["beam"] = max(args.n_best, 1)
+  search = make_search(config)
+  return dataclasses.replace(search, n_best=args.n_best, **given)
 
 
 def _language(language: str, vocabulary: Any) -> str:
@@ -160,20 +197,98 @@ def _language(language: str, vocabulary: Any) -> str:
   return language
 
 
-def _lines(args: Any) -> Iterator[str]:
-  """The text, a line at a time; only line feeds end one."""
-  if args.text is not None:
-    yield from args.text.split("\n")
-    return
-  from common.data.sources import decode
-  from thor.sources import read_lines
+class _Lines:
+  """Lines of bytes that come bit by bit.
 
-  if args.input is not None:
-    for _, line in read_lines(args.input):
-      yield line
+  Only line feeds end one; see `thor.sources.read_lines`.
+
+  Args:
+    file: a binary stream.
+    name: its, for errors.
+  """
+
+  def __init__(self, file: Any, name: str):
+    self._file = file
+    self._name = name
+    self._lines: deque[bytes] = deque()
+    self._rest = b""
+    self._ended = False
+    self._patience = _PATIENCE
+
+  def __iter__(self) -> Iterator[str]:
+    from common.data.sources import decode
+
+    number = 0
+    while self._lines or not self._ended:
+      if not self._lines:
+        self._read()
+        continue
+      line = self._lines.popleft()
+      number += 1
+      if number == 1:
+        line = line.removeprefix(b"\xef\xbb\xbf")
+      yield decode(line.removesuffix(b"\r"), f"{self._name}:{number}")
+
+  def is_ready(self) -> bool:
+    """Whether the next line, or the end, has come; waits for it a little."""
+    while not self._lines and not self._ended:
+      if not self._has_more():
+        self._patience = _PATIENCE
+        return False
+      self._read()
+    return True
+
+  def _has_more(self) -> bool:
+    """Whether reading would not wait.
+
+    The patience is for all the lines that wait together: where one comes every
+    0.09 s they would else wait for ever.
+    """
+    start = time.monotonic()
+    try:
+      found, _, _ = select.select([self._file], [], [], self._patience)
+    except (OSError, ValueError):
+      # What the system cannot tell of, such as a pipe on Windows, is read as
+      # fast as it comes, but not from somebody who types.
+      return not self._file.isatty()
+    waited = time.monotonic() - start
+    self._patience = max(self._patience - waited, 0)
+    return bool(found)
+
+  def _read(self) -> None:
+    try:
+      data = self._file.read1(_CHUNK)
+    except OSError as error:
+      raise _unreadable(self._name, error) from error
+    *lines, self._rest = (self._rest + data).split(b"\n")
+    self._lines.extend(lines)
+    if not data:
+      self._ended = True
+      self._lines.extend([self._rest] if self._rest else [])
+
+
+@contextlib.contextmanager
+def _reader(args: Any) -> Iterator[_Lines]:
+  """The lines of the text, the file or standard input."""
+  if args.text is not None:
+    text = args.text.encode(errors="surrogateescape")
+    yield _Lines(io.BytesIO(text + b"\n"), "the text")
     return
-  for i, line in enumerate(sys.stdin.buffer, 1):
-    yield decode(line.removesuffix(b"\n").removesuffix(b"\r"), f"line {i}")
+  if args.input is None:
+    if sys.stdin is None:
+      raise UserError("there is no standard input: give a text or --input")
+    yield _Lines(sys.stdin.buffer, "standard input")
+    return
+  try:
+    file = open(args.input, "rb")  # noqa: SIM115, closed below
+  except OSError as error:
+    raise _unreadable(args.input, error) from error
+  with file:
+    yield _Lines(file, args.input)
+
+
+def _unreadable(name: str, error: OSError) -> UserError:
+  return UserError(f"{name}: cannot be read: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -204,12 +319,15 @@ def _writer(output: str | None) -> Iterator[Callable[[str], Any]]:
 @contextlib.contextmanager
 def _progress(args: Any) -> Iterator[Callable[[], None]]:
   """Counts lines of a file on a terminal that shows nothing else."""
-  from common.progress import ProgressBar
-
-  if args.input is None or (args.output is None and sys.stdout.isatty()):
+  # Of a pipe with a name nothing would be left to translate.
+  is_file = args.input is not None and os.path.isfile(args.input)
+  if not is_file or (args.output is None and sys.stdout.isatty()):
     yield lambda: None
     return
-  total = sum(1 for _ in _lines(args))
+  from common.progress import ProgressBar
+
+  with _reader(args) as lines:
+    total = sum(1 for _ in lines)
   done = 0
   with ProgressBar(total, name="lines") as bar:
     bar.start(0)

@@ -32,6 +32,15 @@ def check_translation(config: Any, routing: Routing) -> None:
     if cfg[key] < least:
       raise UserError(f"translation.{key}={cfg[key]} must be at least {least}")
   make_search(config)
+  if cfg.token_budget < 1:
+    raise UserError(
+      f"translation.token_budget={cfg.token_budget} must be at least 1"
+    )
+  if min(_lengths(config), default=0) < 3:
+    raise UserError(
+      f"data.lengths={config.data.lengths}: none may be below 3: a tag, a "
+      "token and the end"
+    )
   for mode in cfg.modes:
     Dispatch.parse(mode, routing)
 
@@ -162,7 +171,11 @@ class TestTranslations:
 
 
 def translate_pairs(
-  run: Any, pairs: Sequence[Pair], *, dispatch: str = "", seed: int = 0
+  run: Any,
+  pairs: Sequence[Pair],
+  *,
+  dispatch: str = "",
+  seed: int | None = None,
 ) -> list[str]:
   """Translates with a trained run, as its configuration says.
 
@@ -170,9 +183,10 @@ def translate_pairs(
     run: see `thor.run.load_run`.
     pairs: whose sources are translated into their languages.
     dispatch: the way to use the model; "" for the training's.
-    seed: of its draws.
+    seed: of its draws; None: the training's.
   """
   way = Dispatch.parse(dispatch or run.config.evaluation.dispatch, run.routing)
+  seed = run.config.evaluation.seed if seed is None else seed
   prepared = prepare(run.params, run.settings, way, seed=seed, table=run.table)
   return _translated(run.config, prepared, run.vocabulary, pairs)
 
@@ -197,12 +211,19 @@ def _translated(
     prepared,
     vocabulary,
     make_search(config),
-    lengths=[n if isinstance(n, int) else n[0] for n in config.data.lengths],
+    lengths=_lengths(config),
     token_budget=config.translation.token_budget,
+    # A warning counts them. A run shall not end for a long test sentence.
+    too_long="split",
   )
   sources = [pair.source for pair in pairs]
   languages = [pair.language for pair in pairs]
   return [made.text for made in translator.translate(sources, languages)]
+
+
+def _lengths(config: Any) -> list[int]:
+  """Of sources, that batches are padded to."""
+  return [n if isinstance(n, int) else n[0] for n in config.data.lengths]
 
 
 def _first_of_each(pairs: Sequence[Pair], rows: int) -> list[Pair]:

@@ -7,8 +7,9 @@ static shapes, the longest first, so that only its last batch has empty rows.
 """
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,14 +34,16 @@ class Translation(NamedTuple):
 
   Attributes:
     text: the best.
-    n_best: all that were asked for, with their scores.
+    n_best: as many as were asked for, from the best on, with their scores.
+      Where there are fewer the rest is empty, with a score of -inf.
   """
 
   text: str
   n_best: list[tuple[str, float]]
 
 
-EMPTY = Translation("", [("", 0.0)])
+_EMPTY = ("", 0.0)  # what a blank line is translated to
+_NONE = ("", -math.inf)
 
 
 class _Part(NamedTuple):
@@ -121,7 +124,11 @@ class Translator:
     self.counts: Counter[str] = Counter()
 
   def translate(
-    self, texts: Iterable[str], languages: str | Iterable[str] = ""
+    self,
+    texts: Iterable[str],
+    languages: str | Iterable[str] = "",
+    *,
+    is_ready: Callable[[], bool] = lambda: True,
   ) -> Iterator[Translation]:
     """Translates lines, in their order.
 
@@ -129,6 +136,8 @@ class Translator:
       texts: lines; one without text stays so.
       languages: what to translate into, for all lines or for each; "" where
         the vocabulary has no tags.
+      is_ready: whether the next line need not be waited for; where it must be,
+        what was read so far is translated before.
 
     Yields:
       One for each line, those of a window together.
@@ -142,7 +151,7 @@ class Translator:
     for line, text, language in _with_languages(texts, languages):
       window.append(self._parts(line, text, language))
       tokens += sum(len(part.ids) for part in window[-1])
-      if tokens >= self._window:
+      if tokens >= self._window or not is_ready():
         yield from self._translated(window)
         window, tokens = [], 0
     yield from self._translated(window)
@@ -228,7 +237,13 @@ class Translator:
     for own in window:
       found = [made[place + i] for i in range(len(own))]
       place += len(own)
-      yield _joined(found) if found else EMPTY
+      n_best = _joined(found) if found else self._padded([_EMPTY])
+      if n_best[0] == _NONE:
+        raise UserError(
+          f"line {own[0].line} has no translation: the model's probabilities "
+          "are no numbers; take another checkpoint"
+        )
+      yield Translation(n_best[0][0], n_best)
 
   def _rows(self, length: int, left: int) -> int:
     """Rows of a batch: as the budget says; for fewer lines a power of 4 times
@@ -258,13 +273,19 @@ class Translator:
       np.asarray, (found.tokens, found.scores, found.lengths)
     )
     return [
-      [
-        (self._vocabulary.decode(tokens[i, j]), float(scores[i, j]))
-        for j in range(tokens.shape[1])
-        if lengths[i, j]
-      ]
+      self._padded(
+        [
+          (self._vocabulary.decode(tokens[i, j]), float(scores[i, j]))
+          for j in range(tokens.shape[1])
+          if lengths[i, j]
+        ]
+      )
       for i in range(count)
     ]
+
+  def _padded(self, found: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """As many as were asked for."""
+    return found + [_NONE] * (self._search.n_best - len(found))
 
 
 def _with_languages(
@@ -286,13 +307,16 @@ def _with_languages(
     ) from error
 
 
-def _joined(parts: list[list[tuple[str, float]]]) -> Translation:
-  """Of a line in pieces the translations of each rank, with mean scores."""
-  n_best = [
-    (
+def _joined(parts: list[list[tuple[str, float]]]) -> list[tuple[str, float]]:
+  """Of a line in pieces the translations of each rank, with mean scores; none
+  where a piece has none.
+  """
+  return [
+    _NONE
+    if _NONE in rank
+    else (
       " ".join(text for text, _ in rank),
       sum(score for _, score in rank) / len(rank),
     )
-    for rank in zip(*parts)
+    for rank in zip(*parts, strict=True)
   ]
-  return Translation(n_best[0][0], n_best)

@@ -188,6 +188,7 @@ def train_vocabulary(
   languages: Sequence[str] = (),
   kind: str = "unigram",
   coverage: float = 1.0,
+  prefix: str = "vocabulary.",
 ) -> Vocabulary:
   """Trains a SentencePiece model and writes it; the same for the same text.
 
@@ -202,13 +203,14 @@ def train_vocabulary(
     kind: `unigram` or `bpe`.
     coverage: which share of the characters get a piece; below 1 for scripts
       with thousands of them (0.9995 for Chinese).
+    prefix: of the settings' names in errors; a command's flags have "--".
 
   Raises:
     UserError: for unknown settings, a size that the text does not bear, and a
       file that cannot be written.
   """
   vocabulary = Vocabulary(
-    _trained(sentences, size, languages, kind, coverage), languages
+    _trained(sentences, size, languages, kind, coverage, prefix), languages
   )
   vocabulary.save(path)
   return vocabulary
@@ -220,16 +222,17 @@ def _trained(
   languages: Sequence[str],
   kind: str,
   coverage: float,
+  prefix: str = "vocabulary.",
 ) -> bytes:
   trainer = _sentencepiece().SentencePieceTrainer
   if kind not in KINDS:
-    raise UserError(f"vocabulary.kind={kind!r}: choose {' or '.join(KINDS)}")
+    raise UserError(f"{prefix}kind={kind!r}: choose {' or '.join(KINDS)}")
   if not 0 < coverage <= 1:
-    raise UserError(f"vocabulary.coverage={coverage} must be in (0, 1]")
+    raise UserError(f"{prefix}coverage={coverage} must be in (0, 1]")
   symbols = [tag_piece(tag) for tag in check_languages(languages)]
   if size <= UNK + 1 + len(symbols):
     raise UserError(
-      f"vocabulary.size={size}: the special ids and tags alone are "
+      f"{prefix}size={size}: the special ids and tags alone are "
       f"{UNK + 1 + len(symbols)}: give more"
     )
   # SentencePiece would skip whole sentences with its reserved character.
@@ -258,28 +261,31 @@ def _trained(
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise UserError(_why(size, str(error))) from error
+    raise UserError(_why(size, str(error), prefix)) from error
   return model.getvalue()
 
 
-def _why(size: int, message: str) -> str:
+def _why(size: int, message: str, prefix: str) -> str:
   """SentencePiece's message in our words."""
   most = re.search(r"too high .*<= (\d+)", message)
   least = re.search(r"required_chars\. \d+ vs (\d+)", message)
   if most:
     return (
-      f"vocabulary.size={size} is more than this text bears: at most {most[1]}"
+      f"{prefix}size={size} is more than this text bears: at most {most[1]}"
     )
   if least:
     return (
-      f"vocabulary.size={size} is too small for this text's characters: at "
-      f"least {least[1]}, or a vocabulary.coverage below 1"
+      f"{prefix}size={size} is too small for this text's characters: at "
+      f"least {least[1]}, or a {prefix}coverage below 1"
     )
-  return f"vocabulary.size={size}: SentencePiece says: {message.strip()}"
+  return f"{prefix}size={size}: SentencePiece says: {message.strip()}"
 
 
 def open_vocabulary(
-  path: str | os.PathLike[str], languages: Sequence[str] = ()
+  path: str | os.PathLike[str],
+  languages: Sequence[str] = (),
+  *,
+  key: str = "vocabulary.path",
 ) -> Vocabulary:
   """Opens a SentencePiece model, ours or another's.
 
@@ -289,22 +295,22 @@ def open_vocabulary(
   Args:
     path: the `.model` file.
     languages: the targets that get a tag, whether the model has it or not.
+    key: the setting that names the file, for errors; "" if none does.
 
   Raises:
     UserError: when library or file are missing, or the file is no model.
   """
   from etils import epath
 
+  name = f"{key}={os.fspath(path)!r}" if key else os.fspath(path)
   try:
     data = epath.Path(path).expanduser().read_bytes()
   except OSError as error:
-    raise UserError(
-      f"vocabulary.path={os.fspath(path)!r} cannot be read: {error.strerror}"
-    ) from error
+    raise UserError(f"{name} cannot be read: {error.strerror}") from error
   try:
     return Vocabulary(data, languages)
   except UserError as error:
-    raise UserError(f"vocabulary.path={os.fspath(path)!r}: {error}") from error
+    raise UserError(f"{name}: {error}") from error
 
 
 def vocabulary_for(
@@ -366,7 +372,7 @@ def _cached(file: Any, languages: Sequence[str]) -> Vocabulary | None:
   if not file.exists():
     return None
   try:
-    return open_vocabulary(file, languages)
+    return open_vocabulary(file, languages, key="")
   except UserError as error:
     log.warning("the vocabulary is damaged and trained again: %s", error)
     return None
@@ -402,7 +408,7 @@ def saved_vocabulary(folder: str | os.PathLike[str], facts: Any) -> Vocabulary:
 
   wanted, languages = facts.get("vocabulary"), facts.get("languages", ())
   for file in sorted(epath.Path(folder).glob("vocabulary-*.model")):
-    vocabulary = open_vocabulary(file, languages)
+    vocabulary = open_vocabulary(file, languages, key="")
     if vocabulary.fingerprint == wanted:
       return vocabulary
   raise UserError(
@@ -438,6 +444,7 @@ def main() -> None:
     languages=args.languages,
     kind=args.kind,
     coverage=args.coverage,
+    prefix="--",
   )
   print(f"{args.output}: {vocabulary.size} ids")
 

@@ -277,6 +277,7 @@ def many(count):
     ("heatmap", 30, {"ylabel": "reward"}, False, True),  # and for the rows
     ("scatter", 1, {}, False, False),
     ("scatter", 9, {}, False, False),
+    ("bars", 5, {}, False, False),
   ],
 )
 def test_draw(kind, count, options, is_wide, is_high):

@@ -1,5 +1,6 @@
 """Comparisons: resumed, added to, written down, judged."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -78,9 +79,10 @@ def test_the_page_has_scores_costs_and_settings(page):
   row = "| `dense` | 27.5 ± 6.2 | 27.5 ± 6.2 | 27.5 ± 6.2 | 3 | 1,000 | 0.02 |"
   assert row in page
   for text in ("## test\n", "## test_long\n", "copying the source",
-               "## Ways to use THOR", "`fixed:0`", "`num_steps*=2`" not in page
-               and "`objective.passes=1`"):  # fmt: skip
+               "## Ways to use THOR", "`fixed:0`",
+               "`objective.passes=1`"):  # fmt: skip
     assert text in page
+  assert "num_steps*=2" not in page  # of a system that was not run
 
 
 def test_claims_are_paired_tests(page):
@@ -120,6 +122,11 @@ def test_another_configuration_is_refused(tmp_path, monkeypatch):
     changed.optim.lr = 1.0
   with pytest.raises(UserError, match=r"optim\.lr"):
     compare(changed, str(tmp_path))
+  with changed.unlocked():
+    changed.optim.lr = config_of().optim.lr
+    changed.translation.beam = 1
+  with pytest.raises(UserError, match=r"translation\.beam"):
+    compare(changed, str(tmp_path))
 
 
 def test_a_damaged_result_says_what_to_do(tmp_path):
@@ -134,6 +141,8 @@ def test_a_damaged_result_says_what_to_do(tmp_path):
     ({"systems": "dense, thorr"}, "'thorr'.*thor"),
     ({"systems": " , "}, "name at least one"),
     ({"seeds": 0}, "compare.seeds=0 must be at least 1"),
+    ({"samples": 0}, "compare.samples=0 must be at least 1"),
+    ({"baseline": "nosuch"}, "compare.baseline='nosuch'"),
   ],
 )
 def test_mistakes(settings, message):
@@ -151,6 +160,12 @@ def test_costs_are_those_of_the_architecture():
   np.testing.assert_allclose(cost.source, 25.2e6, rtol=2e-3)
   np.testing.assert_allclose(cost.target, 37.7e6 + 10.2e6, rtol=2e-3)
   assert train_flops(settings, passes=2).total == 6 * cost.total
+  # Room for a quarter more tokens costs that in three layers of each side.
+  roomy = dataclasses.replace(settings, capacity=1.25, gated=True)
+  more = 6 * (4 * 512 * 1024 / 4 + 2 * 512 * 2)
+  np.testing.assert_allclose(
+    train_flops(roomy, passes=1).total, 3 * (cost.total + more)
+  )
   assert dispatch_flops(settings, "fixed", 0) == cost
   assert dispatch_flops(settings, "ensemble", 3).total == 3 * cost.total
   # Three layers of each side run their second expert, too.

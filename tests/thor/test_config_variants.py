@@ -116,6 +116,11 @@ def test_every_system_of_the_comparison_is_one():
   kinds = {name: made.routing.kind for name, made in by_name.items()}
   assert kinds["dense"] == kinds["dense_2x"] == kinds["r_drop"] == "dense"
   assert by_name["dense_2x"].num_steps == 2 * by_name["dense"].num_steps
+  wide, experts = [
+    num_params(make_setup(by_name[name], vocab_size=1500).settings)
+    for name in ("dense_wide", "thor")
+  ]
+  assert abs(wide / experts - 1) < 0.01
   assert by_name["r_drop"].objective.passes == 2
   assert by_name["r_drop"].objective.alpha == by_name["thor"].objective.alpha
   assert by_name["thor_alpha0"].objective.alpha == 0

@@ -248,7 +248,9 @@ def test_the_likeliest_need_not_be_the_best_for_its_length():
 
 def test_a_sentence_translates_alone_and_longer_padded_as_in_a_batch():
   prepared, search = model(mode="dispatch_token"), SEARCHES[1]
-  together = beam_search(prepared, SOURCE, search)
+  batch = np.full((8, 5), PAD, np.int32)  # a shape that compiles once
+  batch[:3] = SOURCE
+  together = beam_search(prepared, batch, search)
   for i, row in enumerate(SOURCE):
     padded = np.full((1, 9), PAD, np.int32)
     padded[0, :5] = row
@@ -259,9 +261,11 @@ def test_a_sentence_translates_alone_and_longer_padded_as_in_a_batch():
     np.testing.assert_allclose(alone.scores[0], together.scores[i], **CLOSE)
 
 
-@pytest.mark.parametrize("draws", [False, True])
-def test_devices_translate_their_rows(draws):
-  prepared = model(mode="dispatch_sentence")
+@pytest.mark.parametrize(
+  ("mode", "draws"), [("dispatch_token", False), ("dense", True)]
+)
+def test_devices_translate_their_rows(mode, draws):
+  prepared = model(mode=mode)
   rng = np.random.default_rng(0)
   source = np.full((8, 5), PAD, np.int32)  # the last row is empty
   source[:7, :4] = rng.integers(3, VOCAB, (7, 4))
@@ -280,9 +284,10 @@ def test_devices_translate_their_rows(draws):
 def test_empty_rows_end_at_once():
   empty = np.full_like(SOURCE, PAD)
   mixed = np.concatenate([SOURCE[:1], empty[1:]])
+  more = np.concatenate([mixed, empty, empty[:2]])  # a shape that is compiled
   for made in (
     beam_search(model(), mixed, SEARCHES[1]),
-    sample(model(), mixed, SEARCHES[1], seed=0, n=4),
+    sample(model(), more, SEARCHES[1], seed=0, n=2),
   ):
     assert np.all(np.asarray(made.tokens)[1:] == PAD)
     assert np.all(np.asarray(made.lengths)[1:] == 0)

@@ -15,6 +15,7 @@ from thor.model import init_params, num_params
 from thor.paths import (
   export_dense,
   from_layers,
+  keep_experts,
   layers_of,
   mean_weights,
   take_path,
@@ -154,3 +155,19 @@ def test_a_path_that_is_none(change, path, message):
   with pytest.raises(UserError, match=message) as error:
     export_dense(PARAMS, settings, path)
   assert "\n" not in str(error.value)
+
+
+def test_some_experts_are_a_model_of_their_own():
+  made, settings = keep_experts(PARAMS, SETTINGS, [2, 0])
+  assert settings.experts == 2
+  assert num_params(settings) == sum(x.size for x in jax.tree.leaves(made))
+  kept = take_path(made, settings, jnp.array([0, 1, 0, 0, 1]))
+  same = take_path(PARAMS, SETTINGS, jnp.array([2, 0, 2, 2, 0]))
+  chex.assert_trees_all_equal(kept[0], same[0])
+  assert kept[1] == same[1]
+
+
+@pytest.mark.parametrize("kept", [[], [1, 1], [3], [-1]])
+def test_experts_that_cannot_be_kept(kept):
+  with pytest.raises(UserError, match="name experts from 0 to 2"):
+    keep_experts(PARAMS, SETTINGS, kept)

@@ -161,6 +161,28 @@ def test_balanced_sentences():
   assert independent(first[..., 0], first[..., 3], 3)
 
 
+@pytest.mark.parametrize("level", ["token", "sentence"])
+def test_distinct_passes_never_agree_by_token_or_sentence(level):
+  routing = Routing(experts=4, level=level, pair="distinct")
+  first, second = jax.jit(
+    functools.partial(
+      train_routes, routing, LAYERS, source=SOURCE, target=TARGET, passes=2
+    )
+  )(jax.random.key(0))
+  for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+    assert (one != other).all()
+    # Each is still as often as the others.
+    flat = other.reshape(len(other), -1)
+    counts = [np.bincount(row, minlength=4) for row in np.asarray(flat)]
+    assert np.ptp(counts, axis=1).max() == 0
+
+
+@pytest.mark.parametrize("change", [{"level": "token"}, {"pair": "distinct"}])
+def test_what_a_kind_does_not_have_is_refused(change):
+  with pytest.raises(UserError, match="are for kind 'thor', not for 'switch'"):
+    Routing("switch", experts=2, **change)
+
+
 def test_sentences_that_do_not_divide_are_refused():
   routing = Routing(experts=5, level="sentence")
   assert routing.row_multiple == 5

@@ -12,7 +12,9 @@ import pytest
 from common.checkpoint import load_params
 from common.errors import UserError
 from configs.thor import get_config
+from thor.compare import Result, compare
 from thor.run import load_run
+from thor.sources import load_parallel
 from thor.train import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("compile_once")
@@ -156,6 +158,12 @@ def test_the_table_of_hash_is_part_of_the_run(tmp_path):
   assert "train/kept" in metrics(tmp_path)[2]
 
 
+def load_parallel_too(config, folder):
+  """What reads the text: only its own settings are left to be refused."""
+  load_parallel(config.data.source)
+  raise AssertionError("the text was read")
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
@@ -166,6 +174,17 @@ def test_the_table_of_hash_is_part_of_the_run(tmp_path):
     ({"translation.modes": ("ensemble",)}, "write ensemble:2"),
     ({"translation.beam": 0}, "beam=0"),
     ({"objective.passes": 3}, "objective.passes=3 must be 1 or 2"),
+    ({"objective.alpha": -1.0}, "objective.alpha=-1.0"),
+    ({"routing.balance": -1.0}, "routing.balance=-1.0"),
+    ({"data.too_long": "drop"}, "data.too_long='drop'"),
+    ({"data.row_multiple": 0}, "data.row_multiple=0"),
+    ({"data.lengths": (2, 64)}, "none may be below 3"),
+    ({"vocabulary.kind": "word"}, "vocabulary.kind='word'"),
+    ({"translation.token_budget": 0}, "translation.token_budget=0"),
+    (
+      {"model.activation_dropout": 0.1, "routing.level": "token"},
+      "model.activation_dropout=0.1",
+    ),
     ({"model.width": 15}, "model.width=15"),
     ({"model.preset": "iwslt"}, "model.preset='iwslt'"),
     ({"data.token_budget": 0}, "data.token_budget=0 must be at least 1"),
@@ -174,15 +193,64 @@ def test_the_table_of_hash_is_part_of_the_run(tmp_path):
     ({"data.source.languages": ("de", "xx")}, "xx"),
   ],
 )
-def test_mistakes_are_one_line(settings, message, tmp_path):
+def test_mistakes_are_one_line_before_text_is_read(
+  settings, message, tmp_path, monkeypatch
+):
   config = tiny()
   with config.ignore_type():
     for key, value in settings.items():
       config.update_from_flattened_dict({key: value})
+  monkeypatch.setattr("thor.train.make_corpus", load_parallel_too)
   with pytest.raises(UserError, match=message) as error:
     train_and_evaluate(config, str(tmp_path))
   assert "\n" not in str(error.value)
   assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_comparison_trains_and_scores_the_ways_to_use_it(tmp_path):
+  config = tiny()
+  config.num_steps = config.optim.warmup_steps = 2
+  config.log.every = 1
+  config.data.source.test_rows = 1
+  config.compare.update({"systems": "thor", "seeds": 1, "mode_seeds": 2})
+  page = pathlib.Path(compare(config.lock(), str(tmp_path))).read_text()
+  result = Result.load(tmp_path / "runs" / "thor" / "seed0")
+  assert (result.steps, result.seed) == (2, 0)
+  assert result.scores["test/chrf"] == pytest.approx(
+    np.mean([result.scores[f"test/chrf/{tag}"] for tag in ("de", "fr")])
+  )
+  assert not any(name.startswith("train/") for name in result.scores)
+  # Draws have a score for each seed, a fixed expert has one.
+  draws = result.modes["dispatch_sentence"]["chrf"]
+  assert (len(draws), len(result.modes["fixed:0"]["chrf"])) == (2, 1)
+  assert 0 < result.seconds < 60
+  assert not (tmp_path / "runs" / "thor" / "seed0" / "checkpoints").exists()
+  assert "## Ways to use THOR" in page
+  assert "`fixed:0`" in page
+
+
+def test_long_test_sentences_do_not_end_a_run(tmp_path):
+  config = tiny()
+  config.num_steps = config.optim.warmup_steps = 2
+  config.data.lengths = (16,)
+  config.data.too_long = "skip"
+  train_and_evaluate(config, str(tmp_path))
+  assert "test_long/bleu" in metrics(tmp_path)[2]
+
+
+def test_a_mesh_that_needs_other_batches_is_refused(straight):
+  config = tiny()
+  config.mesh.update({"data": 4, "fsdp": 2})  # eight rows fit this one
+  train_and_evaluate(config, str(straight))
+  config = tiny()
+  facts = json.loads((straight / "facts.json").read_text())
+  assert facts["batch_rows"] == [8]
+  facts["batch_rows"] = [16]
+  (straight / "facts.json").write_text(json.dumps(facts))
+  with pytest.raises(UserError, match=r"batch_rows is \[8\].*with \[16\]"):
+    train_and_evaluate(config, str(straight))
+  facts["batch_rows"] = [8]
+  (straight / "facts.json").write_text(json.dumps(facts))
 
 
 def test_another_text_is_refused(straight):

@@ -256,6 +256,8 @@ def test_what_is_no_model_is_refused(tmp_path, content):
     path.write_bytes(content)
   message = refused(open_vocabulary, path)
   assert message.startswith(f"vocabulary.path={str(path)!r}")
+  message = refused(open_vocabulary, path, key="")
+  assert message.startswith(str(path))
 
 
 def test_a_run_trains_once(text, tmp_path, monkeypatch):
@@ -270,6 +272,10 @@ def test_a_run_trains_once(text, tmp_path, monkeypatch):
   facts = text.facts | first.facts()
   saved = saved_vocabulary(tmp_path / "run", facts)
   assert saved.fingerprint == first.fingerprint
+  (file,) = (tmp_path / "run").iterdir()
+  file.write_bytes(b"half")
+  message = refused(saved_vocabulary, tmp_path / "run", facts)
+  assert message == f"{file}: no SentencePiece model"
 
 
 @pytest.mark.parametrize(
@@ -343,7 +349,19 @@ def test_the_command(sentences, tmp_path):
   assert open_vocabulary(output, ("de", "fi")).size == 300
   bad = run(*arguments, "--size", 3)
   assert bad.returncode == 2
-  assert re.fullmatch(r"error: vocabulary\.size=3: .*\n", bad.stderr)
+  assert re.fullmatch(r"error: --size=3: .*\n", bad.stderr)
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [{"size": 10**5}, {"size": 9}, {"size": 4}, {"kind": "x"}, {"coverage": 2}],
+)
+def test_the_commands_errors_name_its_flags(sentences, tmp_path, settings):
+  given = {"sentences": sentences, "size": 300, "path": tmp_path / "a.model"}
+  message = refused(train_vocabulary, **given | settings, prefix="--")
+  ((name, value),) = settings.items()
+  assert message.startswith(f"--{name}={value!r}")
+  assert "vocabulary." not in message
 
 
 def test_saved_models_are_whole_or_absent(vocabulary, tmp_path, monkeypatch):
