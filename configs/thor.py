@@ -74,6 +74,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.routing.jitter = 0.01  # of the gate's input
   config.routing.balance = 0.01  # weight of the gate's balance loss
   config.routing.gate = False  # random_switch: weigh by a gate
+  config.routing.gate_level = "token"  # what a gate looks at: token | sentence
   config.routing.table = "balanced"  # hash: balanced | random
   config.routing.axis = "fsdp"  # mesh axis that experts are cut along
 

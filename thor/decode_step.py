@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from thor import layers
 from thor.dispatch import Prepared, is_expert, sentence_keys
-from thor.expert_layer import run_experts
+from thor.expert_layer import run_experts, sentence_means
 from thor.layers import Array, Params
 from thor.model import computed, embedded, layer, masks_of
 from thor.paths import layers_of
@@ -37,8 +37,8 @@ class Decoder:
 
   Attributes:
     weights: see `_weights`; in an ensemble those of experts are [m, …].
-    memory: `key` [b h e s] and `value` [b h s e] of each layer; in an ensemble
-      [m, …].
+    memory: `key` [b h e s] and `value` [b h s e] of each layer, and what gates
+      by sentence look at, `sentence` [b d]; in an ensemble [m, …].
     seen: bool [b s], where the source is no padding.
     keys: uint32 [b], see `thor.dispatch.sentence_keys`.
     places: [t d], vectors of the positions.
@@ -268,11 +268,16 @@ def _read(
   if settings.pre_norm:
     x = layers.norm(params["encoder"]["norm"], x)
 
+  sentence = {}
+  if settings.gate_level == "sentence":
+    sentence = {"sentence": sentence_means(x, masks["tokens"])}
+
   def look(own: Params) -> dict[str, Array]:
     own = jax.tree.map(lambda p: p.astype(x.dtype), dict(own))
     return {
       "key": jnp.moveaxis(layers.heads_of(own["key"], x), 1, 3),
       "value": jnp.swapaxes(layers.heads_of(own["value"], x), 1, 2),
+      **sentence,
     }
 
   return [look(own["cross_attention"]) for own in layers_of(params, "decoder")]
@@ -340,7 +345,9 @@ def _step(
     if "experts" in own:
       chosen = None if ids is None else ids[used]
       used += 1
-    feed = functools.partial(_feed_forward, settings, how, own, chosen)
+    feed = functools.partial(
+      _feed_forward, settings, how, own, chosen, memory[i].get("sentence")
+    )
     x = _sublayer(settings, own["feed_forward_norm"], x, feed)
   if settings.pre_norm:
     x = layers.norm(weights["norm"], x)
@@ -419,15 +426,22 @@ def _joined(params: Params, mixed: Array, like: Array) -> Array:
 
 
 def _feed_forward(
-  settings: Settings, how: str, params: Params, ids: Array | None, x: Array
+  settings: Settings,
+  how: str,
+  params: Params,
+  ids: Array | None,
+  sentence: Array | None,
+  x: Array,
 ) -> Array:
   if "experts" not in params:
     own = params["feed_forward"]
     return layers.dense(
       own["down"], settings.activate(layers.dense(own["up"], x))
     )
+  if sentence is not None:
+    sentence = jnp.repeat(sentence, len(x) // len(sentence), axis=0)
   out, _ = run_experts(
     settings, params["experts"], x[:, None], ids,
-    how=how, mask=jnp.ones((len(x), 1), bool),
+    how=how, mask=jnp.ones((len(x), 1), bool), sentence=sentence,
   )  # fmt: skip
   return out[:, 0]

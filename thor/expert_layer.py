@@ -24,6 +24,7 @@ def run_experts(
   how: str,
   mask: Array,
   dropout: Dropout = NO_DROPOUT,
+  sentence: Array | None = None,
 ) -> tuple[Array, dict[str, Array]]:
   """A feed-forward layer with experts.
 
@@ -36,6 +37,7 @@ def run_experts(
     how: see `Routes`.
     mask: bool [b t], False where there is padding, which counts for nothing.
     dropout: of the hidden layer, and the key of the gate's jitter.
+    sentence: [b d], what a gate looks at instead of x; see `sentence_means`.
 
   Returns:
     [b t d], and
@@ -47,7 +49,9 @@ def run_experts(
   stack = {part: params[part] for part in ("up", "down")}
   weight, balance = None, jnp.zeros(())
   if settings.gated:
-    probs = gate_probs(params["gate"], x, settings.jitter, dropout)
+    asked = x if sentence is None else sentence[:, None]
+    probs = gate_probs(params["gate"], asked, settings.jitter, dropout)
+    probs = jnp.broadcast_to(probs, (*mask.shape, settings.experts))
     ids = jnp.argmax(probs, axis=-1) if ids is None else ids
     each = _by_token(ids, mask.shape)
     weight = jnp.take_along_axis(probs, each[..., None], axis=-1)
@@ -172,6 +176,21 @@ def gate_probs(
       key, x.shape, minval=1 - jitter, maxval=1 + jitter
     )
   return jax.nn.softmax(x @ params["kernel"].astype(jnp.float32))
+
+
+def sentence_means(states: Array, mask: Array) -> Array:
+  """Means over the tokens that are no padding, in float32.
+
+  Args:
+    states: [b s d].
+    mask: bool [b s].
+
+  Returns:
+    [b d]; 0 where there is none.
+  """
+  weights = mask.astype(jnp.float32)[..., None]
+  total = jnp.sum(states.astype(jnp.float32) * weights, axis=1)
+  return total / jnp.maximum(jnp.sum(weights, axis=1), 1)
 
 
 def load_of(ids: Array, mask: Array, experts: int) -> Array:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from common.parallel import constrain
 from thor import layers
-from thor.expert_layer import run_experts
+from thor.expert_layer import run_experts, sentence_means
 from thor.layers import Array, Dropout, Site
 from thor.routing import NO_ROUTES, Routes
 from thor.settings import Settings
@@ -245,9 +245,15 @@ def layer(
       hidden = settings.activate(layers.dense(own["up"], x))
       hidden = dropout(hidden, settings.activation_dropout, Site.HIDDEN)
       return layers.dense(own["down"], hidden)
+    sentence = None
+    if settings.gate_level == "sentence":
+      states, mask = x, masks["tokens"]
+      if memory is not None:
+        states, mask = memory, masks["cross_attention"][:, 0, 0]
+      sentence = sentence_means(states, mask)
     out, made = run_experts(
-      settings, params["experts"], x, ids,
-      how=how, mask=masks["tokens"], dropout=dropout,
+      settings, params["experts"], x, ids, how=how, mask=masks["tokens"],
+      dropout=dropout, sentence=sentence,
     )  # fmt: skip
     report.update(made)
     return out

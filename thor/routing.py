@@ -33,6 +33,7 @@ from common.errors import UserError
 from common.parallel import experts as stacks
 from common.rngs import np_rng
 from thor.layers import Array
+from thor.settings import GATE_LEVELS
 
 KINDS = ("dense", "thor", "random_switch", "switch", "hash")
 LEVELS = ("batch", "sentence", "token")
@@ -80,6 +81,7 @@ class Routing:
     jitter: of the gate's input in training.
     balance: weight of the gate's balance loss.
     gate: random_switch keeps a gate, and weighs with it.
+    gate_level: what a gate looks at; see `thor.settings.Settings`.
     table: of hash: "balanced" by frequency in the training text, or "random".
     axis: the mesh axis of expert stacks; "" for none.
   """
@@ -94,13 +96,14 @@ class Routing:
   jitter: float = 0.01
   balance: float = 0.01
   gate: bool = False
+  gate_level: str = "token"
   table: str = "balanced"
   axis: str = "fsdp"
 
   def __post_init__(self) -> None:
     for name, allowed in (
       ("kind", KINDS), ("level", LEVELS), ("pair", PAIRS), ("table", TABLES),
-      ("axis", ("", "fsdp", "data")),
+      ("axis", ("", "fsdp", "data")), ("gate_level", GATE_LEVELS),
     ):  # fmt: skip
       value = getattr(self, name)
       if value not in allowed:
@@ -147,6 +150,7 @@ class Routing:
     return {
       "experts": self.experts,
       "gated": self.gated,
+      "gate_level": self.gate_level,
       "capacity": self.capacity if limited else 0.0,
       "eval_capacity": self.eval_capacity if limited else 0.0,
       "groups": self.groups,

@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "width": 1024, "hidden": 4096, "heads": 16, "dropout": 0.1,
   },
 }  # fmt: skip
+GATE_LEVELS = ("token", "sentence")
 PATTERNS = {"every_second": (True, False), "all": (True,), "none": (False,)}
 
 
@@ -45,6 +46,8 @@ class Settings:
     experts: k, of each expert layer; 1 is a plain Transformer.
     pattern: which layers have experts, from the first, in each stack; repeats.
     gated: expert layers have a gate (Switch).
+    gate_level: what a gate looks at: each "token", or the mean of a "sentence"
+      (in the decoder, of the source).
     pre_norm: norms before the sub-layers, and one after the last layer.
     activation: of feed-forward layers, one of `thor.layers.ACTIVATIONS`.
     positions: one of `thor.layers.POSITIONS`.
@@ -74,6 +77,7 @@ class Settings:
   experts: int = 1
   pattern: tuple[bool, ...] = (True, False)
   gated: bool = False
+  gate_level: str = "token"
   pre_norm: bool = False
   activation: str = "relu"
   positions: str = "fairseq"
@@ -150,7 +154,11 @@ def _check(cfg: Settings) -> None:
       )
   if not cfg.pattern:
     raise UserError("model.pattern is empty: give True or False for each layer")
-  for name, allowed in (("activation", ACTIVATIONS), ("positions", POSITIONS)):
+  for name, allowed in (
+    ("activation", ACTIVATIONS),
+    ("positions", POSITIONS),
+    ("gate_level", GATE_LEVELS),
+  ):
     value = getattr(cfg, name)
     if value not in allowed:
       raise UserError(

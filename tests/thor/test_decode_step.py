@@ -37,6 +37,7 @@ MODES = [
   ("random_switch", "dispatch_token", {}),
   ("random_switch", "dispatch_sentence", {"gate": True}),
   ("switch", "gate", {}),
+  ("switch", "gate", {"gate_level": "sentence"}),
   # Room for every token, but by slots.
   ("switch", "gate", {"eval_capacity": 3.0}),
   ("hash", "hash", {}),

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from thor.expert_layer import balance_loss, gate_probs, load_of, run_experts
+from thor.expert_layer import (
+  balance_loss,
+  gate_probs,
+  load_of,
+  run_experts,
+  sentence_means,
+)
 from thor.layers import Dropout
 from thor.model import init_layer, init_params, layer, masks_of
 from thor.settings import Settings
@@ -169,6 +175,26 @@ def test_jitter_only_in_training():
   logits = np.log(np.asarray(wide))
   spread = logits.max(-1) - logits.min(-1)
   assert 0.195 < spread.max() <= 0.2 + 1e-5
+
+
+def test_a_gate_may_look_at_the_whole_sentence():
+  """At the mean of what is no padding; all of its tokens go the same way."""
+  mask = jnp.bool_([[1, 1, 1, 0], [1, 1, 0, 0]])
+  rows = np.asarray(X)
+  asked = np.stack([rows[0, :3].mean(0), rows[1, :2].mean(0)])
+  np.testing.assert_allclose(sentence_means(X, mask), asked, rtol=1e-5)
+  assert not np.any(sentence_means(X, jnp.zeros_like(mask)))
+  out, report = jax.jit(
+    lambda sentence: run_experts(
+      SETTINGS, PARAMS, X, None, how="grouped", mask=mask, sentence=sentence
+    )
+  )(jnp.asarray(asked))
+  probs = gate(asked)
+  ids = np.repeat(probs.argmax(-1)[:, None], 4, axis=1)
+  weight = probs.max(-1)[:, None, None]
+  np.testing.assert_allclose(out, weight * expected_of(ids), **CLOSE)
+  load = np.bincount(ids[np.asarray(mask)], minlength=E) / 5
+  np.testing.assert_allclose(report["load"], load, rtol=1e-6)
 
 
 # -- room ----------------------------------------------------------------------
