@@ -404,9 +404,9 @@ def main() -> None:
     if args.from_marian is not None:
       state, config = weights.read_marian(args.from_marian)
       params, settings = from_marian(state, config, source=args.from_marian)
+      weights.save_model(output, params, settings)
     else:
-      params, settings = _path_of_run(args, path)
-    weights.save_model(output, params, settings)
+      params, settings = _write_path(args, path, output)
   print(
     f"{args.output}: {settings.encoder_layers}+{settings.decoder_layers} "
     f"layers, {count_params(params):,} parameters"
@@ -420,15 +420,17 @@ def _parse_path(text: str) -> list[int]:
   return [int(part) for part in parts]
 
 
-def _path_of_run(
-  args: argparse.Namespace, path: Sequence[int]
+def _write_path(
+  args: argparse.Namespace, path: Sequence[int], output: pathlib.Path
 ) -> tuple[PyTree, "Settings"]:
   from thor.paths import export_dense
-  from thor.run import load_run
+  from thor.run import load_run, save_path
 
   average = 1 if args.average is None else args.average
   run = load_run(args.run, step=args.step, average=average)
-  return export_dense(run.params, run.settings, path)
+  params, settings = export_dense(run.params, run.settings, path)
+  save_path(run, output, params, settings)
+  return params, settings
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trained runs, read from their folders."""
+"""Trained runs, read from their folders, and models cut out of them."""
 
 import dataclasses
 import json
@@ -46,7 +46,8 @@ def load_run(
   """Reads a run's folder.
 
   Args:
-    folder: what training was given as `--workdir`.
+    folder: what training was given as `--workdir`, or a path through its
+      experts that `thor.convert` wrote.
     step: which checkpoint; the newest if None.
     average: the mean of the parameters of so many checkpoints, that one the
       last (a training keeps `checkpoint.keep` of them).
@@ -61,6 +62,8 @@ def load_run(
   facts = _facts(folder)
   vocabulary = saved_vocabulary(folder, facts)
   routing = Routing(**config.routing.to_dict())
+  if _is_model(folder):
+    return _load_path(folder, config, vocabulary, routing, facts, step, average)
   settings = make_settings(
     config.model.to_dict(), routing, vocab_size=vocabulary.size
   )
@@ -72,6 +75,63 @@ def load_run(
     table = jnp.asarray(state["extra"]["hash_table"])
   params = jax.tree.map(jnp.asarray, params)
   return Run(config, vocabulary, settings, routing, params, table, found, facts)
+
+
+def save_path(
+  run: Run, folder: str | os.PathLike[str], params: Any, settings: Settings
+) -> None:
+  """Writes a path through a run's experts as a model that `load_run` reads.
+
+  Args:
+    run: which it is of.
+    folder: is made.
+    params: see `thor.paths.export_dense`.
+    settings: see there.
+  """
+  from etils import epath
+
+  from common.config import save_config
+  from common.workdir import write_json
+  from thor.weights import save_model
+
+  save_model(folder, params, settings)
+  config = run.config.copy_and_resolve_references()
+  with config.unlocked():
+    config.routing.update({"kind": "dense", "experts": 1})
+    config.routing.update({"level": "batch", "pair": "independent"})
+    config.evaluation.dispatch = ""
+    config.translation.modes = ()
+  path = epath.Path(folder)
+  save_config(path, config)
+  run.vocabulary.save(path / "vocabulary-path.model")
+  write_json(path / "facts.json", run.facts | {"step": run.step})
+
+
+def _is_model(folder: str | os.PathLike[str]) -> bool:
+  return os.path.exists(os.path.join(folder, "params.npz"))
+
+
+def _load_path(
+  folder: str | os.PathLike[str],
+  config: Any,
+  vocabulary: Vocabulary,
+  routing: Routing,
+  facts: dict[str, Any],
+  step: int | None,
+  average: int,
+) -> Run:
+  from thor.weights import load_model
+
+  if average != 1 or step not in (None, facts["step"]):
+    raise UserError(
+      f"{os.fspath(folder)} holds one model, of step {facts['step']}, and no "
+      "checkpoints: leave --step and --average out"
+    )
+  params, settings = load_model(folder)
+  params = jax.tree.map(jnp.asarray, params)
+  return Run(
+    config, vocabulary, settings, routing, params, None, facts["step"], facts
+  )
 
 
 def _facts(folder: str | os.PathLike[str]) -> dict[str, Any]:

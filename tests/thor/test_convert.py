@@ -11,6 +11,7 @@ import pytest
 
 from common import app
 from common.errors import UserError
+from configs.thor import get_config
 from thor import convert, run
 from thor.convert import from_marian, main, to_marian
 from thor.model import init_params
@@ -285,14 +286,20 @@ def command(monkeypatch, capsys):
   return call
 
 
+run_of = run.load_run  # before `a_run` takes its place
+
+
 @pytest.fixture
-def a_run(monkeypatch):
+def a_run(monkeypatch, cab_vocabulary):
   """What `load_run` was asked for."""
   asked = []
 
   def load_run(folder, **options):
     asked.append((folder, options))
-    return types.SimpleNamespace(params=drawn(EXPERTS), settings=EXPERTS)
+    return types.SimpleNamespace(
+      params=drawn(EXPERTS), settings=EXPERTS, config=get_config("smoke"),
+      vocabulary=cab_vocabulary, facts=cab_vocabulary.facts(), step=7,
+    )  # fmt: skip
 
   monkeypatch.setattr(run, "load_run", load_run)
   return asked
@@ -309,6 +316,14 @@ def test_the_command_writes_one_path_of_a_run(command, a_run, tmp_path):
   assert_same(params, expected)
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert text == f"{model}: 2+3 layers, {count:,} parameters\n"
+  # It is a run as well, that translates without experts.
+  found = run_of(model)
+  assert (found.step, found.routing.kind) == (7, "dense")
+  assert found.settings == plain
+  assert found.vocabulary.fingerprint == found.facts["vocabulary"]
+  assert_same(found.params, expected)
+  with pytest.raises(UserError, match="of step 7, and no checkpoints"):
+    run_of(model, average=2)
   # And that goes on to Marian's form, and back.
   assert command("--to_marian", model, "--output", tmp_path / "b")[0] == 0
   assert (
