@@ -120,10 +120,3 @@ def test_the_first_position_is_marians():
   np.testing.assert_array_equal(table[0], [0, 0, 1, 1])
   expected = [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)]
   np.testing.assert_allclose(table[2], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["fairseq", "marian"])
-def test_positions_go_on_from_a_start(kind):
-  np.testing.assert_array_equal(
-    sinusoids(3, 8, kind=kind, start=4), sinusoids(7, 8, kind=kind)[4:]
-  )

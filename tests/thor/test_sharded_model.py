@@ -23,7 +23,7 @@ ROUTINGS = {
   "thor": Routing(experts=E),
   "thor by token": Routing(experts=E, level="token"),
   "thor by sentence": Routing(experts=E, level="sentence"),
-  "random_switch": Routing("random_switch", experts=E, capacity=0.0),
+  "random_switch": Routing("random_switch", experts=E, groups=8),
   "switch": Routing("switch", experts=E, groups=8),
   "hash": Routing("hash", experts=E, capacity=0.0),
 }
@@ -38,7 +38,7 @@ MESHES = {
 def settings_of(routing):
   return Settings(
     V, width=D, hidden=F, heads=4, encoder_layers=1, decoder_layers=1,
-    pattern=PATTERNS["all"], dropout=0.0, **routing.model_settings(),
+    pattern=PATTERNS["all"], dropout=0.1, **routing.model_settings(),
   )  # fmt: skip
 
 
@@ -109,6 +109,9 @@ CASES = [
   *(("thor", mesh) for mesh in MESHES),
   # The others where all axes have devices.
   *((name, "model=2") for name in ("thor by token", "switch", "hash")),
+  ("thor by token", "fsdp=8"),
+  ("thor by sentence", "data=2"),
+  ("random_switch", "data=4"),
 ]
 
 
@@ -167,7 +170,8 @@ def test_the_rules_place_every_parameter(name, mesh):
     stack = shapes[side]["layers"]["layer_0"]["experts"]
     own = placed[side]["layers"]["layer_0"]["experts"]
     shard = jax.tree.map(lambda s, p: p.shard_shape(s.shape), stack, own)
-    cut_experts = routing.kind == "switch" or routing.level != "batch"
+    by_room = routing.kind in ("switch", "random_switch")
+    cut_experts = by_room or routing.level != "batch"
     if cut_experts:
       assert shard["up"]["kernel"] == (1, E // devices, D, F)
       assert shard["down"]["bias"] == (1, E // devices, D)
