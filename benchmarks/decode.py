@@ -58,8 +58,8 @@ def make_params(settings: Settings):
 
 
 def make_marian(params, settings: Settings):
-  import torch
-  from transformers import MarianConfig, MarianMTModel
+  import torch  # type: ignore
+  from transformers import MarianConfig, MarianMTModel  # type: ignore
 
   state, config = to_marian(params, settings)
   model = MarianMTModel(MarianConfig(**config)).eval()
@@ -84,7 +84,7 @@ class Ways:
   """
 
   def __init__(self, model, prepared, source, *, beam: int, tokens: int):
-    import torch
+    import torch  # type: ignore
 
     self._model, self._prepared, self._source = model, prepared, source
     self._beam, self._tokens = beam, tokens
@@ -140,8 +140,8 @@ def measure(cases: dict, rounds: int, clock: Callable[[], float]) -> dict:
 
 def report(times: dict, same: dict, tokens: int) -> bool:
   """Prints the table and the JSON line; whether all gates hold."""
-  import torch
-  import transformers
+  import torch  # type: ignore
+  import transformers  # type: ignore
 
   print("batch  beam   ours/s  theirs/s  ratio  of the least  gate    same")
   rows, holds = [], True
@@ -188,7 +188,7 @@ def main() -> None:
 
   clock = time.perf_counter
   if args.one_core:
-    import torch
+    import torch  # type: ignore
 
     # Before either library has made its threads.
     os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])

@@ -199,7 +199,7 @@ def _safetensors(file: pathlib.Path) -> Any:
 
 def _read_torch(file: pathlib.Path) -> dict[str, np.ndarray]:
   try:
-    import torch
+    import torch  # type: ignore
   except ImportError as error:
     raise UserError(
       f"{file} needs torch: pip install 'tetrad-jax[parity]'"
