@@ -25,8 +25,8 @@ from common.errors import UserError
 from common.flags import Parser
 
 if TYPE_CHECKING:  # jax takes most of a second, which --help need not wait for
+  from common.weights import Tensors
   from thor.settings import Settings
-  from thor.weights import Tensors
 
 PyTree = Any
 State = Mapping[str, np.ndarray]
@@ -121,10 +121,10 @@ def from_marian(
 
   from thor.model import init_layer
   from thor.paths import from_layers
-  from thor.weights import Tensors
+  from thor.weights import tensors_of
 
   settings = _settings_of(config, logits_bias=_BIAS in state, source=source)
-  tensors = Tensors(state, source, sizes="config.json")
+  tensors = tensors_of(state, source, sizes="config.json")
   shape = (settings.vocab_size, settings.width)
   params: dict[str, Any] = {"embedding": _tied(tensors, shape)}
   if settings.logits_bias:

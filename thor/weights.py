@@ -9,9 +9,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from common.config import check_keys, did_you_mean
 from common.errors import UserError
 from common.tree import names
+from common.weights import Tensors, read_weights
 from thor.model import init_params
 from thor.settings import DTYPES, Settings
 
@@ -27,52 +27,16 @@ PyTree = Any
 State = Mapping[str, np.ndarray]
 
 
-class Tensors:
-  """Tensors that are taken one by one, so that the rest can be named.
+def tensors_of(state: State, source: str, *, sizes: str) -> Tensors:
+  """Tensors to be taken one by one.
 
   Args:
     state: by name.
     source: what error messages call them.
     sizes: the file that says which shapes they must have.
   """
-
-  def __init__(self, state: State, source: str, *, sizes: str):
-    self.source = source
-    self._sizes = sizes
-    self._left = dict(state)
-    self._missing: list[str] = []
-
-  def shape(self, name: str) -> tuple[int, ...] | None:
-    """The shape of what is left under a name, or None."""
-    return self._left[name].shape if name in self._left else None
-
-  def take(self, name: str, shape: Sequence[int]) -> np.ndarray:
-    """The float32 array of a name, which must have that shape."""
-    shape = tuple(shape)
-    if name not in self._left:
-      self._missing.append(name)
-      return np.zeros(shape, np.float32)
-    value = self._left.pop(name)
-    if value.shape != shape:
-      raise UserError(
-        f"{self.source}: {name!r} has shape {value.shape}, but by "
-        f"{self._sizes} {shape}; take both from one model"
-      )
-    return value.astype(np.float32)
-
-  def finish(self) -> None:
-    """Raises `UserError` for what is missing or left over."""
-    for found, what in (
-      (self._missing, "lacks"),
-      (list(self._left), "has tensors that the model has no place for:"),
-    ):
-      if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        shown = ", ".join(map(repr, found[:3]))
-        raise UserError(
-          f"{self.source} {what} {shown}{more}; take tensors and "
-          f"{self._sizes} from one model"
-        )
+  remedy = f"take tensors and {sizes} from one model"
+  return Tensors(state, source, remedy=remedy, hint=lambda _: f"; {remedy}")
 
 
 def save_model(folder: Any, params: PyTree, settings: Settings) -> None:
@@ -112,7 +76,7 @@ def load_model(folder: Any) -> tuple[PyTree, Settings]:
   file = path / "params.npz"
   try:
     with np.load(file, allow_pickle=False) as found:
-      tensors = Tensors(dict(found), str(file), sizes="settings.json")
+      tensors = tensors_of(dict(found), str(file), sizes="settings.json")
   except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
     raise UserError(
       f"{file} is not readable: write it again with python -m thor.convert"
@@ -170,54 +134,11 @@ def read_marian(
   config = _read_json(path / "config.json")
   file = path / "model.safetensors"
   if file.exists():
-    return _read_safetensors(file), config
+    return read_weights(str(file)), config
   other = path / "pytorch_model.bin"
   if other.exists():
-    return _read_torch(other), config
+    return read_weights(str(other)), config
   raise UserError(f"{path} has neither {file.name} nor {other.name}")
-
-
-def _read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-  numpy = _safetensors(file)
-  from safetensors import SafetensorError
-
-  try:
-    return numpy.load_file(file)
-  except SafetensorError as error:
-    raise UserError(f"{file} is no safetensors file: {error}") from error
-
-
-def _safetensors(file: pathlib.Path) -> Any:
-  try:
-    import safetensors.numpy
-  except ImportError as error:
-    raise UserError(
-      f"{file} needs safetensors: pip install 'tetrad-jax[weights]'"
-    ) from error
-  return safetensors.numpy
-
-
-def _read_torch(file: pathlib.Path) -> dict[str, np.ndarray]:
-  try:
-    import torch  # type: ignore
-  except ImportError as error:
-    raise UserError(
-      f"{file} needs torch: pip install 'tetrad-jax[parity]'"
-    ) from error
-  try:
-    loaded = torch.load(file, map_location="cpu", weights_only=True)
-    return {
-      name: value.detach().to(torch.float32).numpy()
-      for name, value in loaded.items()
-    }
-  except (
-    # Of files of another kind, and of what is no dictionary of tensors.
-    pickle.UnpicklingError, LookupError, EOFError, RuntimeError, AttributeError
-  ) as error:  # fmt: skip
-    raise UserError(
-      f"{file} holds no tensors that torch reads with weights_only=True: save "
-      "the model's state_dict alone"
-    ) from error
 
 
 def write_marian(folder: Any, state: State, config: Mapping[str, Any]) -> None:
@@ -230,7 +151,12 @@ def write_marian(folder: Any, state: State, config: Mapping[str, Any]) -> None:
   """
   path = pathlib.Path(folder)
   file = path / "model.safetensors"
-  numpy = _safetensors(file)
+  try:
+    import safetensors.numpy
+  except ImportError as error:
+    raise UserError(
+      f"{file} needs safetensors: pip install 'tetrad-jax[weights]'"
+    ) from error
   path.mkdir(parents=True, exist_ok=True)
-  numpy.save_file(dict(state), file, metadata={"format": "pt"})
+  safetensors.numpy.save_file(dict(state), file, metadata={"format": "pt"})
   _write_json(path / "config.json", config)

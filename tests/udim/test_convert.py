@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from udim.convert import from_torch, load_pretrained, read_weights
+from common.weights import read_weights
+from udim.convert import from_torch, load_pretrained
 from udim.models import ResNet, SmallCNN, ViT, WideResNet, init_variables
 
 IMAGE = (32, 32, 3)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from udim.convert import load_pretrained, read_weights
+from common.weights import read_weights
+from udim.convert import load_pretrained
 from udim.models import ResNet, ViT, init_variables, make_apply_fn
 
 pytestmark = pytest.mark.parity
