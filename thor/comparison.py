@@ -12,7 +12,7 @@ from common.report import FILE_NAME, markdown_table
 from thor.compare import Result
 from thor.dispatch import Dispatch
 from thor.routing import Routing
-from thor.scores import paired_bootstrap
+from thor.scores import by_tokenizer, paired_bootstrap
 
 LEVEL = 0.05  # of a claim that holds, after correction
 METRICS = (("bleu", "BLEU"), ("chrf", "chrF"), ("exact_match", "exact"))
@@ -243,18 +243,43 @@ def _bootstrap(
   if not common or len(seeds) < 2:
     return ""
   texts: dict[str, list[str]] = {}
-  references: list[str] = []
+  pairs: list[dict[str, str]] = []
   for system in seeds:
-    references, texts[system] = [], []
-    for seed in sorted(common):
-      path = folder / f"runs/{system}/seed{seed}/translations/{split}.jsonl"
-      for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        references.append(entry["target"])
-        texts[system].append(entry["translation"])
-  found = paired_bootstrap(
-    texts, references, baseline=baseline, samples=config.compare.samples
+    pairs = [
+      json.loads(line)
+      for seed in sorted(common)
+      for line in (
+        folder / f"runs/{system}/seed{seed}/translations/{split}.jsonl"
+      ).read_text().splitlines()
+    ]  # fmt: skip
+    texts[system] = [pair["translation"] for pair in pairs]
+  parts = by_tokenizer([pair["language"] for pair in pairs])
+  samples = config.compare.samples
+  note = (
+    f"The sentences of `{split}` resampled {samples:,} times, against "
+    f"`{baseline}`, the translations of {len(common)} seeds as one text; p is "
+    "not corrected."
   )
+  tables = [
+    _resampled(
+      part,
+      {name: [own[i] for i in places] for name, own in texts.items()},
+      [pairs[i]["target"] for i in places],
+      {"baseline": baseline, "samples": samples, "tokenize": tokenize},
+    )
+    for part, (places, tokenize) in parts.items()
+  ]
+  return "\n\n".join(["## Paired bootstrap", note, *tables])
+
+
+def _resampled(
+  part: str,
+  texts: Mapping[str, Sequence[str]],
+  references: Sequence[str],
+  settings: Mapping[str, Any],
+) -> str:
+  """The table of languages that one tokenizer serves."""
+  found = paired_bootstrap(texts, references, **settings)
   rows = []
   for system, own in found.items():
     cells = []
@@ -264,13 +289,10 @@ def _bootstrap(
       cells.append("–" if np.isnan(one.p_value) else f"{one.p_value:.3g}")
     rows.append((f"`{system}`", *cells))
   header = ("system", "BLEU", "p", "chrF", "p")
-  signature = found[baseline]["bleu"].score.signature
-  note = (
-    f"The sentences of `{split}` resampled {config.compare.samples:,} times, "
-    f"against `{baseline}`, the translations of {len(common)} seeds and all "
-    f"languages as one text; p is not corrected. Signature: `{signature}`."
-  )
-  return f"## Paired bootstrap\n\n{note}\n\n{markdown_table(header, rows)}"
+  name = "All languages" if part == "all" else part
+  signature = found[settings["baseline"]]["bleu"].score.signature
+  table = markdown_table(header, rows)
+  return f"{name}, signature `{signature}`:\n\n{table}"
 
 
 def _modes(config: Any, results: Sequence[Result]) -> str:

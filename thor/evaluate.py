@@ -18,10 +18,6 @@ METRICS = ("bleu", "chrf", "exact_match")
 OF_RUNS = ("split", "dispatch", "seed", "beam", "average", "step")
 OF_FILES = ("hypotheses", "language", "tokenize")
 
-# What a bootstrap takes together: by name the places of its sentences, and
-# the tokenizer of its BLEU.
-Parts = Mapping[str, tuple[Sequence[int], str]]
-
 
 def make_parser() -> Parser:
   """The flags; None where one is not given."""
@@ -112,7 +108,7 @@ def _of_files(args: Any) -> dict[str, Any]:
 
 
 def _of_runs(args: Any) -> dict[str, Any]:
-  from thor.scores import by_language
+  from thor.scores import by_language, by_tokenizer
 
   systems: dict[str, list[str]] = {}
   pairs: list[Any] = []
@@ -127,7 +123,7 @@ def _of_runs(args: Any) -> dict[str, Any]:
       for name, texts in (systems | copied).items()
     },
     "bootstrap": _bootstrap(
-      systems, references, _parts(languages), args.samples
+      systems, references, by_tokenizer(languages), args.samples
     ),
   }
 
@@ -173,25 +169,6 @@ def _translated(
   return pairs, translate_pairs(run, pairs, dispatch=dispatch, seed=args.seed)
 
 
-def _parts(languages: Sequence[str]) -> Parts:
-  """All as one where one tokenizer serves all; else each language apart.
-
-  BLEU has one tokenizer, and 13a takes a line of Japanese for a word or two.
-  """
-  from thor.scores import tokenizer_for
-
-  rows: dict[str, list[int]] = {}
-  for i, language in enumerate(languages):
-    rows.setdefault(language, []).append(i)
-  tokenizers = {tokenizer_for(language) for language in rows}
-  if len(rows) > 1 and len(tokenizers) == 1:
-    return {"all": (range(len(languages)), tokenizers.pop())}
-  return {
-    language or "all": (own, tokenizer_for(language))
-    for language, own in rows.items()
-  }
-
-
 def _plain(table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   return {
     language or "all": {
@@ -205,7 +182,7 @@ def _plain(table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def _bootstrap(
   systems: Mapping[str, Sequence[str]],
   references: Sequence[str],
-  parts: Parts,
+  parts: Mapping[str, tuple[Sequence[int], str]],
   samples: int,
 ) -> dict[str, Any]:
   """Of each part, against the first system; {} for one alone."""

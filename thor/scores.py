@@ -217,6 +217,32 @@ def copy_baseline(
   return all_scores(sources, references, language=language)
 
 
+def by_tokenizer(
+  languages: Sequence[str],
+) -> dict[str, tuple[Sequence[int], str]]:
+  """What a bootstrap can take together: BLEU has one tokenizer.
+
+  13a takes a line of Japanese for a word or two.
+
+  Args:
+    languages: of each sentence.
+
+  Returns:
+    The places of sentences and their tokenizer: of `all` where one tokenizer
+    serves all languages, else of each language.
+  """
+  rows: dict[str, list[int]] = {}
+  for i, language in enumerate(languages):
+    rows.setdefault(language, []).append(i)
+  tokenizers = {tokenizer_for(language) for language in rows}
+  if len(rows) > 1 and len(tokenizers) == 1:
+    return {"all": (range(len(languages)), tokenizers.pop())}
+  return {
+    language or "all": (own, tokenizer_for(language))
+    for language, own in rows.items()
+  }
+
+
 def paired_bootstrap(
   systems: Mapping[str, Sequence[str]],
   references: Sequence[str],

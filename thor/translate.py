@@ -131,6 +131,7 @@ def _translator(args: Any) -> tuple[Any, Any]:
   """Loads the run; (translator, its vocabulary)."""
   import jax.numpy as jnp
 
+  from common.parallel import batch_sharding, local_mesh
   from thor.dispatch import Dispatch, prepare
   from thor.run import load_run
   from thor.translator import Translator
@@ -165,6 +166,7 @@ def _translator(args: Any) -> tuple[Any, Any]:
     _search(args, config),
     lengths=[n if isinstance(n, int) else n[0] for n in config.data.lengths],
     token_budget=chosen(args.batch_tokens, config.translation.token_budget),
+    sharding=batch_sharding(local_mesh()),
     too_long=args.too_long,
     sampling=sampling,
   )

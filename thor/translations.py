@@ -5,11 +5,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from common import files
 from common.errors import UserError
-from common.parallel import on_device, to_host
+from common.parallel import (
+  batch_sharding,
+  gather_texts,
+  local_mesh,
+  replicated,
+  to_host,
+)
 from common.report import markdown_table
 from thor.corpus import Corpus
 from thor.cost import dispatch_flops
@@ -60,8 +65,8 @@ def make_search(config: Any) -> Search:
 class TestTranslations:
   """Translates the test sets, writes them down, and returns their scores.
 
-  Every process translates everything on one of its own devices: the numbers
-  are the same everywhere.
+  Processes divide the sentences, and each uses all of its devices: what they
+  translate does not depend on how many there are.
 
   Args:
     config: see `configs/thor.py`.
@@ -96,9 +101,9 @@ class TestTranslations:
     `copy_SPLIT/…` is what copying the source gives; `mode/METRIC/MODE` are
     means over languages of the first test set.
     """
-    params = to_host(params)
-    with on_device(jax.local_devices()[0]):
-      params = jax.tree.map(jnp.asarray, params)
+    mesh = local_mesh()
+    with jax.set_mesh(mesh):
+      params = jax.device_put(to_host(params), replicated(mesh))
       made, page = self._splits_scored(params)
       modes, rows = self._modes_scored(params)
     if jax.process_index() == 0:
@@ -156,7 +161,14 @@ class TestTranslations:
       seed=self._config.evaluation.seed,
       table=self._setup.table,
     )
-    return _translated(self._config, prepared, self._corpus.vocabulary, pairs)
+    index, count = jax.process_index(), jax.process_count()
+    mine = _translated(
+      self._config, prepared, self._corpus.vocabulary, pairs[index::count]
+    )
+    texts = [""] * len(pairs)
+    for i, own in enumerate(gather_texts(mine)):
+      texts[i::count] = own
+    return texts
 
   def _write(self, split: str, pairs: Sequence[Pair], texts: list[str]) -> None:
     if jax.process_index() != 0:
@@ -213,6 +225,7 @@ def _translated(
     make_search(config),
     lengths=_lengths(config),
     token_budget=config.translation.token_budget,
+    sharding=batch_sharding(local_mesh()),
     # A warning counts them. A run shall not end for a long test sentence.
     too_long="split",
   )

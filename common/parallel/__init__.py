@@ -9,6 +9,8 @@ _EXPORTS = {
   "constrain": "common.parallel.mesh",
   "replicated": "common.parallel.mesh",
   "on_device": "common.parallel.mesh",
+  "local_mesh": "common.parallel.mesh",
+  "gather_texts": "common.parallel.mesh",
   "from_host": "common.parallel.mesh",
   "to_host": "common.parallel.mesh",
   "bytes_per_device": "common.parallel.mesh",

@@ -1,7 +1,8 @@
 """Meshes with the axes data, fsdp, model and seq, and what stands on them."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,9 +122,24 @@ def on_device(device: jax.Device) -> Any:
 
   Inside `jax.set_mesh` of a larger mesh, jit would run on all of that.
   """
-  devices = np.array([device]).reshape((1,) * len(AXES))
-  return jax.set_mesh(
-    Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return jax.set_mesh(_mesh_of([device]))
+
+
+def local_mesh() -> Mesh:
+  """The devices of this process, all along `data`.
+
+  For work that processes divide among themselves, such as translating a test
+  set: no device waits for one of another process.
+  """
+  return _mesh_of(jax.local_devices())
+
+
+def _mesh_of(devices: Sequence[jax.Device]) -> Mesh:
+  shape = (len(devices), *(1,) * (len(AXES) - 1))
+  return Mesh(
+    np.array(devices).reshape(shape),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
   )
 
 
@@ -154,3 +170,19 @@ def to_host(tree: Any) -> Any:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
   return jax.tree.map(fetch, tree)
+
+
+def gather_texts(texts: Sequence[str]) -> list[list[str]]:
+  """The texts of every process, on every process, in the processes' order."""
+  if jax.process_count() == 1:
+    return [list(texts)]
+  from jax.experimental import multihost_utils
+
+  mine = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(mine), np.int32))
+  padded = np.zeros(int(np.max(sizes)), np.uint8)
+  padded[: len(mine)] = mine
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    json.loads(row[: int(size)].tobytes()) for row, size in zip(rows, sizes)
+  ]

@@ -23,7 +23,7 @@ def config_of(systems="dense, r_drop, thor", seeds=3):
   return config.lock()
 
 
-def fake(quality, ran=None):
+def fake(quality, ran=None, languages=("de",)):
   """A `run_job` that translates `quality[system]` of the sentences right."""
 
   def run_job(folder, job):
@@ -34,7 +34,8 @@ def fake(quality, ran=None):
     right = quality[job.system] + job.seed
     lines = [
       json.dumps(
-        {"source": "x", "target": text, "language": "de",
+        {"source": "x", "target": text,
+         "language": languages[i % len(languages)],
          "translation": text if i < right else "falsch und ohne Sinn"}
       )
       for i, text in enumerate(SENTENCES)
@@ -102,6 +103,19 @@ def test_the_bootstrap_takes_all_seeds_as_one_text(page):
   # 30 of 120 sentences worse: chance does not do that; thor is the same.
   assert float(rows[1].split("|")[3]) < 0.05
   assert float(rows[2].split("|")[3]) == 1
+
+
+def test_the_bootstrap_divides_languages_by_their_tokenizer(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(
+    compare_lib, "run_job", fake(QUALITY, languages=("de", "ja"))
+  )
+  page = pathlib.Path(compare(config_of(), str(tmp_path))).read_text()
+  section = page[page.index("## Paired bootstrap") :]
+  assert section.count("\nde, signature `") == 1
+  assert section.count("\nja, signature `") == 1
+  assert section.count("tok:13a|") == section.count("tok:char|") == 1
 
 
 def test_what_has_finished_is_kept_and_added_to(tmp_path, monkeypatch):

@@ -201,7 +201,8 @@ def test_files_and_pipes_are_read_alike(
   ]
   assert outs[0] == outs[1]
   assert outs[0].count("\n") == 4
-  ids = {tuple(row[row != PAD]) for batch in echo for row in batch}
+  rows = [row for batch in echo for row in np.asarray(batch)]
+  ids = {tuple(row[row != PAD]) for row in rows}
   expected = {tuple(vocabulary.encode(line, "de")) for line in lines if line}
   assert ids - {()} == expected
 

@@ -10,6 +10,8 @@ from common.errors import UserError
 from common.parallel import (
   batch_sharding,
   bytes_per_device,
+  gather_texts,
+  local_mesh,
   make_mesh,
   replicated,
   startup_report,
@@ -33,6 +35,16 @@ def test_a_mesh_has_all_axes_in_order(sizes, shape):
   assert mesh.axis_names == ("data", "fsdp", "model", "seq")
   assert mesh.devices.shape == shape
   assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_the_local_mesh_has_the_devices_of_this_process():
+  mesh = local_mesh()
+  assert mesh.shape == {"data": 8, "fsdp": 1, "model": 1, "seq": 1}
+  assert list(mesh.devices.flat) == jax.local_devices()
+
+
+def test_one_process_has_the_texts_already():
+  assert gather_texts(["one", ""]) == [["one", ""]]
 
 
 MISFITS = [
