@@ -1,16 +1,43 @@
 """Files that a reader sees whole, whenever the writer is killed."""
 
+import json
+import pathlib
 from typing import Any
+
+from common.errors import UserError
 
 
 def replace(path: Any, content: bytes | str) -> None:
   """Writes beside `path`, then renames: the old file or the new one is there.
 
   Args:
-    path: an `epath.Path`.
+    path: a `pathlib.Path` or an `epath.Path`.
     content: of the file.
   """
   data = content.encode() if isinstance(content, str) else content
   new = path.with_name(f"{path.name}.new")
   new.write_bytes(data)
   new.replace(path)
+
+
+def write_json(file: Any, content: Any) -> None:
+  """Writes JSON, whole or not at all."""
+  replace(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Any) -> dict[str, Any]:
+  """Reads an object of keys and values.
+
+  Raises:
+    UserError: where there is none.
+  """
+  path = pathlib.Path(file)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except OSError as error:
+    raise UserError(f"{file}: {error.strerror}") from None
+  except ValueError as error:
+    raise UserError(f"{file} is not JSON: {error}") from None
+  if not isinstance(content, dict):
+    raise UserError(f"{file} holds no object of keys and values")
+  return content

@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +82,73 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
     str(name): value.detach().to(torch.float32).numpy()
     for name, value in loaded.items()
   }
+
+
+def write_safetensors(file: Any, weights: Weights) -> None:
+  """Writes a file as transformers does.
+
+  Raises:
+    UserError: where safetensors is missing.
+  """
+  try:
+    import safetensors.numpy
+  except ImportError as error:
+    raise UserError(f"{file} needs safetensors: {_SAFETENSORS}") from error
+  arrays = {name: np.ascontiguousarray(w) for name, w in weights.items()}
+  safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
+
+
+def write_arrays(file: Any, tree: Any) -> None:
+  """Writes a tree as an .npz that NumPy alone can read.
+
+  Args:
+    file: its path.
+    tree: of arrays; each is stored as float32 under its path, such as
+      `encoder/norm/scale`.
+  """
+  import jax
+
+  from common.tree import names
+
+  paths, leaves = jax.tree.leaves(names(tree)), jax.tree.leaves(tree)
+  arrays: dict[str, Any] = {
+    name: np.asarray(leaf, np.float32) for name, leaf in zip(paths, leaves)
+  }
+  np.savez(file, **arrays)
+
+
+def read_arrays(file: Any, like: Any, *, remedy: str) -> Any:
+  """Reads what `write_arrays` wrote.
+
+  Args:
+    file: its path.
+    like: a tree of arrays, or of their shapes.
+    remedy: what helps where something is wrong.
+
+  Returns:
+    `like` with NumPy arrays.
+
+  Raises:
+    UserError: for a file that is missing or broken, and for arrays that are
+      missing, unknown, or of another shape.
+  """
+  import jax
+
+  from common.tree import names
+
+  try:
+    with np.load(file, allow_pickle=False) as found:
+      arrays = dict(found)
+  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise UserError(f"{file} is not readable: {remedy}") from error
+  tensors = Tensors(
+    arrays, str(file), remedy=remedy, hint=lambda _: f"; {remedy}"
+  )
+  tree = jax.tree.map(
+    lambda name, leaf: tensors.take(name, leaf.shape), names(like), like
+  )
+  tensors.finish()
+  return tree
 
 
 class Tensors:

@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from common.nn import dense, norm, plus
 from thor import layers
 from thor.dispatch import Prepared, is_expert, sentence_keys
 from thor.expert_layer import run_experts, sentence_means
@@ -266,7 +267,7 @@ def _read(
 
   x, _ = jax.lax.scan(block, x, (params["encoder"]["layers"], ids))
   if settings.pre_norm:
-    x = layers.norm(params["encoder"]["norm"], x)
+    x = norm(params["encoder"]["norm"], x)
 
   sentence = {}
   if settings.gate_level == "sentence":
@@ -350,17 +351,17 @@ def _step(
     )
     x = _sublayer(settings, own["feed_forward_norm"], x, feed)
   if settings.pre_norm:
-    x = layers.norm(weights["norm"], x)
+    x = norm(weights["norm"], x)
   logits = jnp.matmul(x, weights["logits"], preferred_element_type=jnp.float32)
   if settings.logits_bias:
-    logits = layers.plus(logits, weights["logits_bias"])
+    logits = plus(logits, weights["logits_bias"])
   return logits.reshape(*rows, -1), new_cache
 
 
-def _sublayer(settings: Settings, norm: Params, x: Array, run: Any) -> Array:
+def _sublayer(settings: Settings, own: Params, x: Array, run: Any) -> Array:
   if settings.pre_norm:
-    return x + run(layers.norm(norm, x))
-  return layers.norm(norm, x + run(x))
+    return x + run(norm(own, x))
+  return norm(own, x + run(x))
 
 
 def _self_attention(
@@ -375,7 +376,7 @@ def _self_attention(
   mask: Array,
 ) -> Array:
   """Writes this token's key and value, and looks at all so far."""
-  three = layers.dense(params["in"], x)
+  three = dense(params["in"], x)
   three = three.reshape(*rows, 3, settings.heads, -1)
   three = jnp.moveaxis(three, (2, 3), (0, 2))  # [3 b h k e]
   query, new_key, new_value = three.astype(cache["key"].dtype)
@@ -402,7 +403,7 @@ def _cross_attention(
   x: Array,
 ) -> Array:
   """Looks at the source."""
-  query = layers.dense(params["in"], x).reshape(*rows, settings.heads, -1)
+  query = dense(params["in"], x).reshape(*rows, settings.heads, -1)
   mixed = _looked_up(
     query.swapaxes(1, 2), memory["key"], memory["value"], seen[:, None, None]
   )
@@ -422,7 +423,7 @@ def _looked_up(query: Array, key: Array, value: Array, mask: Array) -> Array:
 def _joined(params: Params, mixed: Array, like: Array) -> Array:
   """[b h k e] -> [bk d]."""
   flat = mixed.swapaxes(1, 2).reshape(like.shape[0], -1)
-  return layers.dense(params, flat.astype(like.dtype))
+  return dense(params, flat.astype(like.dtype))
 
 
 def _feed_forward(
@@ -435,9 +436,7 @@ def _feed_forward(
 ) -> Array:
   if "experts" not in params:
     own = params["feed_forward"]
-    return layers.dense(
-      own["down"], settings.activate(layers.dense(own["up"], x))
-    )
+    return dense(own["down"], settings.activate(dense(own["up"], x)))
   if sentence is not None:
     sentence = jnp.repeat(sentence, len(x) // len(sentence), axis=0)
   out, _ = run_experts(

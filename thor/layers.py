@@ -10,18 +10,14 @@ as in fairseq's and the authors' models. Initial values are fairseq's.
 import dataclasses
 import enum
 import functools
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.nn import Array, Params, Uniform, plus
 from common.rngs import hash_bits
-
-Array = jax.Array
-Params = Mapping[str, Any]
 
 ACTIVATIONS = {
   "relu": jax.nn.relu,
@@ -29,7 +25,6 @@ ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 POSITIONS = ("fairseq", "marian")
-_EPSILON = 1e-5  # of the norms
 NEVER = -1e9  # a logit; finite, so that rows without any key have no NaN
 
 
@@ -73,26 +68,6 @@ class Dropout:
 
 
 NO_DROPOUT = Dropout(None)
-
-
-def dense(params: Params, x: Array) -> Array:
-  """[... d] -> [... f]."""
-  return plus(x @ params["kernel"], params["bias"])
-
-
-def plus(x: Array, bias: Array) -> Array:
-  """Adds to the last axes of x."""
-  return x + bias.reshape((1,) * (x.ndim - bias.ndim) + bias.shape)
-
-
-def norm(params: Params, x: Array) -> Array:
-  """Layer normalization over the last axis, in float32."""
-  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-  variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
-  scaled = centred * jax.lax.rsqrt(variance + _EPSILON)
-  scale = params["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
-  return plus(scaled * scale, params["bias"]).astype(x.dtype)
 
 
 def heads_of(params: Params, x: Array) -> Array:
@@ -168,13 +143,6 @@ def sinusoids(length: int, width: int, *, kind: str) -> Any:
   return table.astype(np.float32)
 
 
-class Uniform(NamedTuple):
-  """An array to be drawn, uniform in (-bound, bound)."""
-
-  shape: tuple[int, ...]
-  bound: float
-
-
 def attention_init(width: int, heads: int) -> dict:
   """Xavier, by 1 / sqrt(2) for query, key and value; their biases as torch's
   linear layers have them, the output's 0. See `drawn`.
@@ -208,40 +176,3 @@ def feed_forward_init(
       "bias": Uniform((*lead, width), outer),
     },
   }
-
-
-def norm_init(width: int) -> dict:
-  """The identity's scale and offset."""
-  return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
-
-
-def drawn(key: Array, tree: Any, *, at_once: bool = True) -> Any:
-  """A tree with its `Uniform`s drawn.
-
-  Args:
-    key: of the draws.
-    tree: of `Uniform`s and arrays.
-    at_once: cut all of them from one draw: many small ones compile slowly.
-      Not for arrays that no device should hold as a whole.
-  """
-  leaves, form = jax.tree.flatten(tree, is_leaf=_is_uniform)
-  asked = [leaf for leaf in leaves if _is_uniform(leaf)]
-  if at_once:
-    ends = np.cumsum([math.prod(one.shape) for one in asked])
-    flat = jax.random.uniform(key, (int(ends[-1]),), minval=-1, maxval=1)
-    values = iter(jnp.split(flat, ends[:-1]))
-  else:
-    keys = jax.random.split(key, len(asked))
-    values = iter(
-      jax.random.uniform(own, one.shape, minval=-1, maxval=1)
-      for own, one in zip(keys, asked)
-    )
-  made = [
-    next(values).reshape(leaf.shape) * leaf.bound if _is_uniform(leaf) else leaf
-    for leaf in leaves
-  ]
-  return jax.tree.unflatten(form, made)
-
-
-def _is_uniform(leaf: Any) -> bool:
-  return isinstance(leaf, Uniform)

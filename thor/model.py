@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from common.nn import Uniform, dense, drawn, norm, norm_init, plus
 from common.parallel import constrain
 from thor import layers
 from thor.expert_layer import run_experts, sentence_means
@@ -157,9 +158,7 @@ class _Stack(nn.Module):
       length=blocks,
     )(cfg, pattern, self.cross, how, name="layers")(x, ids, keys, memory, masks)
     if cfg.pre_norm:
-      x = layers.norm(
-        self.param("norm", lambda _: layers.norm_init(cfg.width)), x
-      )
+      x = norm(self.param("norm", lambda _: norm_init(cfg.width)), x)
     return place(x), jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), aux)
 
 
@@ -224,9 +223,9 @@ def layer(
   report = {}
 
   def sublayer(x: Array, name: str, site: Site, run: Any) -> Array:
-    normed = layers.norm(params[name], x) if settings.pre_norm else x
+    normed = norm(params[name], x) if settings.pre_norm else x
     x = x + dropout(run(normed), settings.dropout, site)
-    return x if settings.pre_norm else layers.norm(params[name], x)
+    return x if settings.pre_norm else norm(params[name], x)
 
   def attend(name: str, site: Site):
     def run(x: Array) -> Array:
@@ -242,9 +241,9 @@ def layer(
   def feed_forward(x: Array) -> Array:
     if "experts" not in params:
       own = params["feed_forward"]
-      hidden = settings.activate(layers.dense(own["up"], x))
+      hidden = settings.activate(dense(own["up"], x))
       hidden = dropout(hidden, settings.activation_dropout, Site.HIDDEN)
-      return layers.dense(own["down"], hidden)
+      return dense(own["down"], hidden)
     sentence = None
     if settings.gate_level == "sentence":
       states, mask = x, masks["tokens"]
@@ -322,7 +321,7 @@ def logits_of(x: Array, table: Array, bias: Array | None) -> Array:
   logits = jnp.einsum(
     "btd,vd->btv", x, table.astype(x.dtype), preferred_element_type=jnp.float32
   )
-  return logits if bias is None else layers.plus(logits, bias)
+  return logits if bias is None else plus(logits, bias)
 
 
 def init_layer(
@@ -332,22 +331,22 @@ def init_layer(
   width, heads = settings.width, settings.heads
   made: dict[str, Any] = {
     "attention": layers.attention_init(width, heads),
-    "attention_norm": layers.norm_init(width),
-    "feed_forward_norm": layers.norm_init(width),
+    "attention_norm": norm_init(width),
+    "feed_forward_norm": norm_init(width),
   }
   if cross:
     made["cross_attention"] = layers.attention_init(width, heads)
-    made["cross_attention_norm"] = layers.norm_init(width)
+    made["cross_attention_norm"] = norm_init(width)
   small, large = jax.random.split(key)
   if not has_experts:
     made["feed_forward"] = layers.feed_forward_init(width, settings.hidden)
-    return layers.drawn(small, made)
+    return drawn(small, made)
   if settings.gated:
-    gate = layers.Uniform((width, settings.experts), width**-0.5)
+    gate = Uniform((width, settings.experts), width**-0.5)
     made["experts"] = {"gate": {"kernel": gate}}
   stack = layers.feed_forward_init(width, settings.hidden, settings.experts)
-  made = layers.drawn(small, made)
-  stack = layers.drawn(large, stack, at_once=False)
+  made = drawn(small, made)
+  stack = drawn(large, stack, at_once=False)
   return made | {"experts": {**made.get("experts", {}), **stack}}
 
 

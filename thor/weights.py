@@ -7,24 +7,29 @@ parameter under its path, such as `encoder/layers/layer_0/attention/out/bias`.
 
 import dataclasses
 import functools
-import json
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from common import files
 from common.config import check_keys, did_you_mean
 from common.errors import UserError
-from common.tree import names
-from common.weights import Tensors, read_weights
+from common.weights import (
+  Tensors,
+  read_arrays,
+  read_weights,
+  write_arrays,
+  write_safetensors,
+)
 from thor.model import init_params
 from thor.settings import DTYPES, Settings
 
 PyTree = Any
 State = Mapping[str, np.ndarray]
+_REMEDY = "take tensors and {} from one model"
 
 
 def tensors_of(state: State, source: str, *, sizes: str) -> Tensors:
@@ -35,7 +40,7 @@ def tensors_of(state: State, source: str, *, sizes: str) -> Tensors:
     source: what error messages call them.
     sizes: the file that says which shapes they must have.
   """
-  remedy = f"take tensors and {sizes} from one model"
+  remedy = _REMEDY.format(sizes)
   return Tensors(state, source, remedy=remedy, hint=lambda _: f"; {remedy}")
 
 
@@ -49,15 +54,11 @@ def save_model(folder: Any, params: PyTree, settings: Settings) -> None:
   """
   path = pathlib.Path(folder)
   path.mkdir(parents=True, exist_ok=True)
-  paths, leaves = jax.tree.leaves(names(params)), jax.tree.leaves(params)
-  arrays: dict[str, Any] = {
-    name: np.asarray(leaf, np.float32) for name, leaf in zip(paths, leaves)
-  }
-  np.savez(path / "params.npz", **arrays)
+  write_arrays(path / "params.npz", params)
   facts = dataclasses.asdict(settings)
   facts["dtype"] = np.dtype(settings.dtype).name
   # At the end: a folder with settings is whole.
-  _write_json(path / "settings.json", facts)
+  files.write_json(path / "settings.json", facts)
 
 
 def load_model(folder: Any) -> tuple[PyTree, Settings]:
@@ -73,23 +74,12 @@ def load_model(folder: Any) -> tuple[PyTree, Settings]:
   settings = _read_settings(path / "settings.json")
   init = functools.partial(init_params, settings)
   like = jax.eval_shape(init, jax.random.key(0))
-  file = path / "params.npz"
-  try:
-    with np.load(file, allow_pickle=False) as found:
-      tensors = tensors_of(dict(found), str(file), sizes="settings.json")
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(
-      f"{file} is not readable: write it again with python -m thor.convert"
-    ) from error
-  params = jax.tree.map(
-    lambda name, leaf: tensors.take(name, leaf.shape), names(like), like
-  )
-  tensors.finish()
-  return params, settings
+  remedy = _REMEDY.format("settings.json")
+  return read_arrays(path / "params.npz", like, remedy=remedy), settings
 
 
 def _read_settings(file: pathlib.Path) -> Settings:
-  facts = _read_json(file)
+  facts = files.read_json(file)
   fields = [field.name for field in dataclasses.fields(Settings)]
   check_keys(facts, fields, what=str(file))
   for name in fields:
@@ -101,22 +91,6 @@ def _read_settings(file: pathlib.Path) -> Settings:
     )
   facts |= {"pattern": tuple(facts["pattern"]), "dtype": DTYPES[facts["dtype"]]}
   return Settings(**facts)
-
-
-def _write_json(file: pathlib.Path, facts: Mapping[str, Any]) -> None:
-  file.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-  try:
-    facts = json.loads(file.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise UserError(f"{file}: {error.strerror}") from None
-  except ValueError as error:
-    raise UserError(f"{file} is not JSON: {error}") from None
-  if not isinstance(facts, dict):
-    raise UserError(f"{file} holds no object of keys and values")
-  return facts
 
 
 def read_marian(
@@ -131,7 +105,7 @@ def read_marian(
     UserError: for files or libraries that are missing, or broken files.
   """
   path = pathlib.Path(folder)
-  config = _read_json(path / "config.json")
+  config = files.read_json(path / "config.json")
   file = path / "model.safetensors"
   if file.exists():
     return read_weights(str(file)), config
@@ -150,13 +124,6 @@ def write_marian(folder: Any, state: State, config: Mapping[str, Any]) -> None:
     config: likewise.
   """
   path = pathlib.Path(folder)
-  file = path / "model.safetensors"
-  try:
-    import safetensors.numpy
-  except ImportError as error:
-    raise UserError(
-      f"{file} needs safetensors: pip install 'tetrad-jax[weights]'"
-    ) from error
   path.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(dict(state), file, metadata={"format": "pt"})
-  _write_json(path / "config.json", config)
+  write_safetensors(path / "model.safetensors", state)
+  files.write_json(path / "config.json", config)

@@ -18,15 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from common.data import images
 from common.errors import UserError
 from udim.domains import Domain, DomainSet, Example, fingerprint
 
 log = logging.getLogger(__name__)
 
-# What torchvision takes for an image.
-ENDINGS = (
-  ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 # Files checked at once, and skipped ones that a log line names.
 _CHUNK, _SHOWN = 4096, 20
 
@@ -62,54 +59,23 @@ class ImageFiles(Sequence):
 
 
 def read_image(path: str) -> np.ndarray:
-  """Decodes an image file as uint8 [H, W, 3].
+  """Decodes an image file as uint8 [H, W, 3], as DomainBed does.
 
-  Grey and transparent images become RGB, and so do palettes. What a truncated
-  file lacks comes out grey: Pillow is told so for the whole process, as
-  DomainBed does. Its limit on the number of pixels stands.
+  Files are read as far as they go, and EXIF's orientation is not looked at;
+  for the rest see `common.data.images.read_image`.
 
   Raises:
     UserError: for a file that is no image, with its name.
   """
-  from PIL import Image, ImageFile
-
-  ImageFile.LOAD_TRUNCATED_IMAGES = True  # type: ignore[assignment]
-  try:
-    with open(path, "rb") as file, Image.open(file) as image:
-      return np.asarray(_rgb(image))
-  except Exception as error:  # Pillow's decoders raise all kinds.
-    raise UserError(
-      f"{path}: {_reason(error)}: mend or remove the image, or leave such "
-      "images out with data.source.unreadable='skip'"
-    ) from error
-
-
-def _rgb(image: Any) -> Any:
-  if image.mode == "RGB":
-    return image
-  if image.mode.startswith("I"):  # 16 bits; `convert` would cut at 255.
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.int64).clip(0, 2**16 - 1)
-    image = Image.fromarray((values >> 8).astype(np.uint8))
-  if image.mode == "P" and "transparency" in image.info:
-    image = image.convert("RGBA")
-  return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-  from PIL import Image, UnidentifiedImageError
-
-  if isinstance(error, Image.DecompressionBombError):
-    return (
-      f"more than twice the {Image.MAX_IMAGE_PIXELS:,} pixels that Pillow "
-      "takes for safe"
-    )
-  if isinstance(error, UnidentifiedImageError):
-    return "no image that Pillow knows"
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  return (str(error).splitlines() or [type(error).__name__])[0]
+  return images.read_image(
+    path,
+    upright=False,
+    allow_truncated=True,
+    remedy=(
+      "mend or remove the image, or leave such images out with "
+      "data.source.unreadable='skip'"
+    ),
+  )
 
 
 def image_folders(cfg: Any) -> DomainSet:
@@ -190,16 +156,10 @@ def _folders(path: str, what: str) -> list[str]:
 
 def _images(root: str, folder: str) -> list[str]:
   """Image files in a folder and below it, relative to the root."""
-  found = []
   top = os.path.join(root, folder)
-  for place, _, names in sorted(os.walk(top, followlinks=True)):
-    inside = pathlib.PurePath(place).relative_to(root).as_posix()
-    found += [
-      f"{inside}/{name}"
-      for name in sorted(names)
-      if name.lower().endswith(ENDINGS) and name[0] != "."
-    ]
-  return found
+  return [
+    f"{folder}/{file[len(top) + 1 :]}" for file in images.image_files(top)
+  ]
 
 
 def check_classes(root: str, listing: Listing) -> None:
@@ -228,7 +188,7 @@ def check_images(root: str, listing: Listing) -> None:
   if empty:
     raise UserError(
       f"{root}: no image in {', '.join(empty)} (known endings: "
-      f"{', '.join(ENDINGS)}): every class needs one in every domain"
+      f"{', '.join(images.ENDINGS)}): every class needs one in every domain"
     )
   if all(file.count("/") > 2 for file in _flat(listing)):
     raise UserError(

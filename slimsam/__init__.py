@@ -1,0 +1,18 @@
+"""SlimSAM: Segment Anything, pruned and distilled."""
+
+from typing import Any
+
+_EXPORTS = {
+  "Sam": "slimsam.model",
+  "SamSettings": "slimsam.settings",
+  "preset": "slimsam.settings",
+}
+__all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _EXPORTS:
+    import importlib
+
+    return getattr(importlib.import_module(_EXPORTS[name]), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,183 @@
+"""Attention with decomposed relative positions, in windows or over all of it.
+
+# b images, y x rows and columns of patches, s the side of what a patch attends
+# over, h heads, e width of a head, n queries, k keys
+
+A logit is scale q·k + q·R_h[row] + q·R_w[column], where the tables R are
+indexed by the distance and q is not scaled in their products (Segment
+Anything's image encoder, `add_decomposed_rel_pos`).
+"""
+
+import dataclasses
+import functools
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+  """How attention is computed; nothing of it changes what.
+
+  Attributes:
+    fold: take the positions into the product of queries and keys: each query
+      gets its s row terms and s column terms as further entries, and each key
+      ones where they belong. The logits are then written once.
+    chunks: of the queries of a global block, one after the other, so that the
+      logits are never there as a whole; 0: as many as keep 512 queries or
+      fewer together.
+  """
+
+  fold: bool = True
+  chunks: int = 0
+
+
+TEXTBOOK = How(fold=False, chunks=1)
+_CHUNK = 512
+
+
+def attend(
+  qkv: Array, tables: tuple[Array, Array], bias: Array, window: int, how: How
+) -> Array:
+  """Attention of a block.
+
+  Args:
+    qkv: [b y x 3 h e], queries, keys and values, y = x.
+    tables: relative positions of rows and of columns, [2s-1 e].
+    bias: [3 h e], that of the layer which made qkv. What pads a window is no
+      patch but has keys and values all the same: the biases.
+    window: side of the windows; 0: attend over everything.
+    how: see `How`.
+
+  Returns:
+    [b y x h e].
+  """
+  if not window:
+    return _globally(qkv, tables, how)
+  grid = qkv.shape[1]
+  windows = -(-grid // window)
+  extra = windows * window - grid
+  if extra:
+    inside = np.arange(windows * window) < grid
+    inside = np.outer(inside, inside)[None, :, :, None, None, None]
+    grown = jnp.pad(qkv, ((0, 0), (0, extra), (0, extra), *[(0, 0)] * 3))
+    qkv = jnp.where(inside, grown, bias[None, None, None])
+  cut = einops.rearrange(
+    qkv, "b (wy y) (wx x) three h e -> three (b wy wx h) y x e",
+    y=window, x=window, three=3,
+  )  # fmt: skip
+  out = _attended(cut[0], cut[1], cut[2], tables, how.fold)
+  out = einops.rearrange(
+    out, "(b wy wx h) (y x) e -> b (wy y) (wx x) h e",
+    wy=windows, wx=windows, h=qkv.shape[4], y=window,
+  )  # fmt: skip
+  return out[:, :grid, :grid]
+
+
+def _globally(qkv: Array, tables: tuple[Array, Array], how: How) -> Array:
+  grid, heads = qkv.shape[1], qkv.shape[4]
+  q, k, v = einops.rearrange(qkv, "b y x three h e -> three (b h) y x e")
+  chunks = how.chunks or _chunks(grid)
+  if chunks == 1:
+    out = _attended(q, k, v, tables, how.fold)
+  else:
+    rows = jnp.moveaxis(q.reshape(len(q), chunks, -1, *q.shape[2:]), 1, 0)
+    first = jnp.arange(chunks) * (grid // chunks)
+
+    # Without it the backward pass would keep all logits after all.
+    @jax.checkpoint
+    def part(one: tuple[Array, Array]) -> Array:
+      return _attended(one[0], k, v, tables, how.fold, first_row=one[1])
+
+    out = jnp.moveaxis(jax.lax.map(part, (rows, first)), 0, 1)
+  return out.reshape(-1, heads, grid, grid, out.shape[-1]).transpose(
+    0, 2, 3, 1, 4
+  )
+
+
+def _chunks(grid: int) -> int:
+  """The fewest that divide the rows into small enough chunks."""
+  for chunks in range(1, grid):
+    if grid % chunks == 0 and grid // chunks * grid <= _CHUNK:
+      return chunks
+  return grid
+
+
+def _attended(
+  q: Array,
+  k: Array,
+  v: Array,
+  tables: tuple[Array, Array],
+  fold: bool,
+  first_row: Array | int = 0,
+) -> Array:
+  """Attention of some rows of queries over all keys.
+
+  Args:
+    q: [n y x e], some rows, from `first_row` on.
+    k: [n s s e].
+    v: [n s s e].
+    tables: [2s-1 e].
+    fold: see `How`.
+    first_row: of q.
+
+  Returns:
+    [n (y x) e].
+  """
+  side = k.shape[1]
+  rows = jax.lax.dynamic_slice_in_dim(
+    _by_distance(tables[0], side), first_row, q.shape[1]
+  )
+  columns = _by_distance(tables[1], side)
+  by_row = jnp.einsum("nyxe,yke->nyxk", q, rows.astype(q.dtype))
+  by_column = jnp.einsum("nyxe,xke->nyxk", q, columns.astype(q.dtype))
+  scaled = q * q.shape[-1] ** -0.5
+  k, v = (a.reshape(len(a), side * side, -1) for a in (k, v))
+  wide = functools.partial(
+    jnp.einsum, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)
+  )
+  if fold:
+    query = jnp.concatenate([scaled, by_row, by_column], axis=-1)
+    ones = jnp.asarray(_places(side), k.dtype)
+    ones = jnp.broadcast_to(ones, (len(k), *ones.shape))
+    key = jnp.concatenate([k, ones], axis=-1)
+    query = query.reshape(len(q), -1, query.shape[-1])
+    logits = wide("nqe,nke->nqk", query, key)
+  else:
+    logits = wide(
+      "nyxe,nke->nyxk", scaled, k
+    ).reshape(*q.shape[:3], side, side)  # fmt: skip
+    logits = logits + by_row[..., :, None] + by_column[..., None, :]
+    logits = logits.reshape(len(q), -1, side * side)
+  weights = jax.nn.softmax(logits).astype(v.dtype)
+  return jnp.einsum("nqk,nke->nqe", weights, v)
+
+
+def _places(side: int) -> np.ndarray:
+  """Ones where a key's row is, and where its column is: [s*s 2s]."""
+  one = np.eye(side, dtype=np.float32)
+  return np.concatenate(
+    [np.repeat(one, side, axis=0), np.tile(one, (side, 1))], axis=1
+  )
+
+
+def _by_distance(table: Array, side: int) -> Array:
+  """R[query, key] = table[query - key + s - 1], [s s e]."""
+  places = np.arange(side)
+  return fitted(table, side)[places[:, None] - places[None] + side - 1]
+
+
+def fitted(table: Array, side: int) -> Array:
+  """A table of 2s-1 rows: the one given, or resized along them, linearly, with
+  half-pixel centres.
+  """
+  rows = 2 * side - 1
+  if len(table) == rows:
+    return table
+  return jax.image.resize(
+    table, (rows, table.shape[1]), method="linear", antialias=False
+  )

@@ -1,0 +1,116 @@
+"""Models on disk, in three forms.
+
+* Ours: a folder with `settings.json` and `params.npz`, for which NumPy is
+  enough.
+* Segment-anything's: a `.pth`, its state dict.
+* Transformers': a folder with `config.json`, `model.safetensors` and
+  `preprocessor_config.json`.
+"""
+
+import pathlib
+from typing import Any
+
+from common import files
+from common.errors import UserError
+from common.weights import (
+  read_arrays,
+  read_weights,
+  write_arrays,
+  write_safetensors,
+)
+from slimsam.formats import (
+  from_hf,
+  from_sam,
+  preprocessor_config,
+  to_hf,
+  to_sam,
+)
+from slimsam.settings import SamSettings
+
+PyTree = Any
+_TORCH = (".pth", ".pt")
+
+
+def load_model(path: Any) -> tuple[PyTree, SamSettings]:
+  """Reads a model, whichever of the three forms it has.
+
+  Returns:
+    NumPy parameters and settings.
+
+  Raises:
+    UserError: for what is missing, broken, or none of them.
+  """
+  place = pathlib.Path(path).expanduser()
+  if place.is_file():
+    return from_sam(read_weights(str(place)), source=str(path))
+  if (place / "settings.json").exists():
+    return _load_ours(place)
+  if (place / "config.json").exists():
+    config = files.read_json(place / "config.json")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+      if (place / name).exists():
+        weights = read_weights(str(place / name))
+        return from_hf(weights, config, source=str(path))
+    raise UserError(f"{path} has neither model.safetensors nor .bin beside it")
+  if not place.exists():
+    raise UserError(f"{path}: no such file or folder")
+  raise UserError(
+    f"{path} holds no model: give a .pth of segment-anything, a folder of "
+    "transformers with config.json, or one of ours with settings.json"
+  )
+
+
+def _load_ours(folder: pathlib.Path) -> tuple[PyTree, SamSettings]:
+  from slimsam.init import abstract_params
+
+  settings = SamSettings.from_dict(files.read_json(folder / "settings.json"))
+  params = read_arrays(
+    folder / "params.npz",
+    abstract_params(settings),
+    remedy="take params.npz and settings.json from one model",
+  )
+  return params, settings
+
+
+def save_model(folder: Any, params: PyTree, settings: SamSettings) -> None:
+  """Writes our form; the folder is made."""
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  write_arrays(path / "params.npz", params)
+  # At the end: a folder with settings is whole.
+  files.write_json(path / "settings.json", settings.to_dict())
+
+
+def save_hf(folder: Any, params: PyTree, settings: SamSettings) -> None:
+  """Writes what `SamModel.from_pretrained` and `SamProcessor` read.
+
+  Raises:
+    UserError: for widths that transformers cannot hold.
+  """
+  weights, config = to_hf(params, settings)
+  path = pathlib.Path(folder)
+  path.mkdir(parents=True, exist_ok=True)
+  write_safetensors(path / "model.safetensors", weights)
+  files.write_json(
+    path / "preprocessor_config.json", preprocessor_config(settings)
+  )
+  files.write_json(path / "config.json", config)
+
+
+def save_pth(file: Any, params: PyTree, settings: SamSettings) -> None:
+  """Writes a state dict that segment-anything's registry loads.
+
+  Raises:
+    UserError: for widths that it cannot hold, or where torch is missing.
+  """
+  weights = to_sam(params, settings)
+  try:
+    import torch  # type: ignore
+  except ImportError as error:
+    raise UserError(
+      f"{file} needs torch: pip install 'tetrad-jax[parity]'"
+    ) from error
+  path = pathlib.Path(file)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  tensors = {name: torch.from_numpy(w.copy()) for name, w in weights.items()}
+  torch.save(tensors, path)
