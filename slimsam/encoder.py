@@ -44,6 +44,9 @@ class Compute:
   how: How = dataclasses.field(default_factory=How)
 
 
+PLAIN = Compute()
+
+
 class Features(NamedTuple):
   """What a block computes on its way.
 
@@ -62,7 +65,7 @@ def encode(
   params: Params,
   images: Array,
   settings: EncoderSettings,
-  compute: Compute = Compute(),
+  compute: Compute = PLAIN,
 ) -> Array:
   """Image embeddings.
 

@@ -29,13 +29,13 @@ class Member(NamedTuple):
   Attributes:
     path: of the parameter.
     axis: that has the group's size.
-    scored: counts when units are compared: matrices do; biases, norms and
-      positions do not.
+    matrices: how many weight matrices it holds, which count when units are
+      compared; biases, norms and positions do not.
   """
 
   path: Path
   axis: int
-  scored: bool = False
+  matrices: int = 0
 
 
 class Group(NamedTuple):
@@ -76,21 +76,21 @@ def _block(i: int) -> Path:
 
 def _embedding(cfg: EncoderSettings) -> list[Member]:
   made = [
-    Member((*_ENCODER, "patch_embed", "kernel"), 3, scored=True),
+    Member((*_ENCODER, "patch_embed", "kernel"), 3, matrices=1),
     Member((*_ENCODER, "patch_embed", "bias"), 0),
     Member((*_ENCODER, "pos_embed"), 3),
-    Member((*_ENCODER, "neck", "conv1", "kernel"), 0, scored=True),
+    Member((*_ENCODER, "neck", "conv1", "kernel"), 0, matrices=1),
   ]
   for i in range(cfg.depth):
     block = _block(i)
     for name in ("norm1", "norm2"):
       made += [Member((*block, name, part), 0) for part in ("scale", "bias")]
     made += [
-      Member((*block, "attn", "qkv", "kernel"), 0, scored=True),
-      Member((*block, "attn", "proj", "kernel"), 2, scored=True),
+      Member((*block, "attn", "qkv", "kernel"), 0, matrices=3),
+      Member((*block, "attn", "proj", "kernel"), 2, matrices=1),
       Member((*block, "attn", "proj", "bias"), 0),
-      Member((*block, "mlp", "lin1", "kernel"), 0, scored=True),
-      Member((*block, "mlp", "lin2", "kernel"), 1, scored=True),
+      Member((*block, "mlp", "lin1", "kernel"), 0, matrices=1),
+      Member((*block, "mlp", "lin2", "kernel"), 1, matrices=1),
       Member((*block, "mlp", "lin2", "bias"), 0),
     ]
   return made
@@ -99,9 +99,9 @@ def _embedding(cfg: EncoderSettings) -> list[Member]:
 def _qkv(i: int) -> tuple[Member, ...]:
   attn = (*_block(i), "attn")
   return (
-    Member((*attn, "qkv", "kernel"), 3, scored=True),
+    Member((*attn, "qkv", "kernel"), 3, matrices=3),
     Member((*attn, "qkv", "bias"), 2),
-    Member((*attn, "proj", "kernel"), 1, scored=True),
+    Member((*attn, "proj", "kernel"), 1, matrices=1),
     Member((*attn, "rel_pos_h"), 1),
     Member((*attn, "rel_pos_w"), 1),
   )
@@ -110,9 +110,9 @@ def _qkv(i: int) -> tuple[Member, ...]:
 def _mlp(i: int) -> tuple[Member, ...]:
   mlp = (*_block(i), "mlp")
   return (
-    Member((*mlp, "lin1", "kernel"), 1, scored=True),
+    Member((*mlp, "lin1", "kernel"), 1, matrices=1),
     Member((*mlp, "lin1", "bias"), 0),
-    Member((*mlp, "lin2", "kernel"), 0, scored=True),
+    Member((*mlp, "lin2", "kernel"), 0, matrices=1),
   )
 
 

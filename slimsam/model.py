@@ -14,7 +14,7 @@ import jax
 
 from common.nn import Array
 from slimsam import decoder, encoder, init, prompts
-from slimsam.encoder import Compute
+from slimsam.encoder import PLAIN, Compute
 from slimsam.settings import SamSettings
 
 # Where parameters live, by path; optimizer moments end in the same paths. Heads
@@ -59,7 +59,7 @@ class Sam(nn.Module):
   """
 
   settings: SamSettings
-  compute: Compute = Compute()
+  compute: Compute = PLAIN
 
   def setup(self) -> None:
     cfg = self.settings

@@ -174,14 +174,14 @@ def _folded(
       continue
     ratio = math.sqrt(len(keep[name]) / groups[name].size)
     ratio = 1 / ratio if back else ratio
-    for path, _, scored in groups[name].members:
+    for path, _, matrices in groups[name].members:
       array = leaf(params, path)
       if path[-1] in ("rel_pos_h", "rel_pos_w"):
         changes[path] = array / ratio
       elif path[-2] == "qkv":
         # The first of the three is the query.
         factor = jnp.asarray([ratio, 1.0, 1.0], array.dtype)
-        shape = (1, 3, 1, 1) if scored else (3, 1, 1)
+        shape = (1, 3, 1, 1) if matrices else (3, 1, 1)
         changes[path] = array * factor.reshape(shape)
   return with_leaves(params, changes)
 

@@ -16,7 +16,7 @@ TINY = uniform(
 )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny():
   """Its sizes."""
   return TINY
