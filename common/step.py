@@ -40,12 +40,13 @@ class StepChoice:
 
 
 def make_train_step(
-  loss_fn: LossFn,
+  loss_fn: LossFn | Callable,
   tx: optax.GradientTransformation,
   streams: RngStreams,
   *,
   accum: int = 1,
   grad_metrics: GradMetrics | None = None,
+  context: Callable[[TrainState], PyTree] | None = None,
 ) -> StepFn:
   """Makes the jitted step `(state, batch) -> (state, metrics)`.
 
@@ -66,6 +67,8 @@ def make_train_step(
     streams: random streams; micro-batch `i` sees each key folded with `i`.
     accum: number of micro-batches; divides the batch's first axis.
     grad_metrics: gradients -> what else to report.
+    context: state -> what else of it the loss sees, such as a teacher in
+      `extra`: `loss_fn` is then called with it as a fourth argument.
 
   Returns:
     The step function. Its first call compiles, later ones do not.
@@ -73,10 +76,11 @@ def make_train_step(
   Raises:
     ValueError: from the first call, when `accum` does not divide the batch.
   """
-  gradient = jax.grad(_weighted(loss_fn), has_aux=True)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     rngs = streams(state.step)
+    seen = () if context is None else (context(state),)
+    gradient = jax.grad(_weighted(loss_fn, *seen), has_aux=True)
     if accum == 1:
       grads, metrics = gradient(state.params, batch, rngs)
     else:
@@ -102,11 +106,11 @@ def make_train_step(
   return jax.jit(step, donate_argnums=0)
 
 
-def _weighted(loss_fn: LossFn):
+def _weighted(loss_fn: Callable, *seen: PyTree):
   """`loss * count`: its gradients add up over micro-batches."""
 
   def weighted(params, batch, rngs):
-    loss, metrics = loss_fn(params, batch, rngs)
+    loss, metrics = loss_fn(params, batch, rngs, *seen)
     count = jax.lax.stop_gradient(metrics["loss"].count)
     return loss * count.astype(loss.dtype), metrics
 
