@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common.config import did_you_mean
@@ -157,8 +157,8 @@ class SamSettings:
   def with_widths(
     self,
     width: int | None = None,
-    qkv_widths: Sequence[int] | None = None,
-    mlp_widths: Sequence[int] | None = None,
+    qkv_widths: Iterable[int] | None = None,
+    mlp_widths: Iterable[int] | None = None,
   ) -> "SamSettings":
     """The same model with other widths in the image encoder."""
     changes: dict[str, Any] = {}
