@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from common import torch_files
 from common.errors import UserError
+from common.logs import one_line
 
 Weights = Mapping[str, np.ndarray]
 
@@ -23,7 +25,7 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
 
   Of a checkpoint that keeps them under `state_dict` or `model`, those; the
   prefix `module.` that torch's DataParallel adds is dropped. Nothing in a
-  file is executed (`weights_only=True`).
+  file is executed, and torch is needed for files before its 1.6 alone.
 
   Raises:
     UserError: for a missing or unreadable file, a suffix that says neither
@@ -57,31 +59,58 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:
-  try:
-    import torch  # type: ignore
-  except ImportError as error:
-    raise UserError(f"{path} needs torch: {_TORCH}") from error
-  try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-  except (pickle.UnpicklingError, LookupError, EOFError, RuntimeError) as error:
-    raise UserError(
-      f"{path} holds no plain tensors that torch reads with weights_only=True:"
-      " save the model's state_dict alone"
-    ) from error
+  loaded = _loaded(path)
   for key in _WRAPPERS:
     if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
       loaded = loaded[key]
   if not isinstance(loaded, dict) or not all(
-    isinstance(value, torch.Tensor) for value in loaded.values()
+    isinstance(value, np.ndarray) for value in loaded.values()
   ):
     raise UserError(
       f"{path} holds something else than tensors by name: save the model's "
       "state_dict alone"
     )
   return {
-    str(name): value.detach().to(torch.float32).numpy()
+    str(name): np.ascontiguousarray(value, np.float32)
     for name, value in loaded.items()
   }
+
+
+def _loaded(path: str) -> Any:
+  """What a file of torch holds, with arrays for tensors."""
+  read = torch_files.read if torch_files.is_archive(path) else _by_torch(path)
+  try:
+    return read(path)
+  except (
+    pickle.UnpicklingError, zipfile.BadZipFile, LookupError, EOFError,
+    RuntimeError, OSError, ValueError, TypeError, AttributeError,
+  ) as error:  # fmt: skip
+    raise UserError(
+      f"{path} holds no plain tensors that can be read without running it "
+      f"({one_line(error)}): save the model's state_dict alone"
+    ) from error
+
+
+def _by_torch(path: str) -> Callable[[str], Any]:
+  """Reads files from before torch 1.6."""
+  try:
+    import torch  # type: ignore
+  except ImportError as error:
+    raise UserError(
+      f"{path} is broken, or of torch 1.5 or earlier and needs torch: {_TORCH}"
+    ) from error
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {key: plain(own) for key, own in value.items()}
+    if isinstance(value, torch.Tensor):
+      return value.detach().to(torch.float32).numpy()
+    return value
+
+  def load(path: str) -> Any:
+    return plain(torch.load(path, map_location="cpu", weights_only=True))
+
+  return load
 
 
 def write_safetensors(file: Any, weights: Weights) -> None:

@@ -6,13 +6,15 @@ drawn anew, so that embeddings and logits are of order 1.
 
 import functools
 
+import chex
 import jax
 import numpy as np
 import pytest
 
+from slimsam import weights
 from slimsam.attention import TEXTBOOK, How
 from slimsam.encoder import Compute
-from slimsam.formats import from_hf, to_hf
+from slimsam.formats import from_hf, to_hf, with_epsilon
 from slimsam.model import Sam
 from slimsam.settings import DecoderSettings, uniform
 
@@ -187,3 +189,33 @@ def test_dense_positions_are_equal(both):
   np.testing.assert_allclose(
     np.moveaxis(found, -1, 0), expected, atol=4e-6, rtol=0
   )
+
+
+def test_files_of_torch_and_transformers(both, tmp_path):
+  """Transformers loads what is written, nothing missing and nothing over; a
+  .pth comes back bit for bit.
+  """
+  model, params, settings = both
+  weights.save_hf(tmp_path / "hf", params, settings)
+  loaded, info = transformers.SamModel.from_pretrained(
+    tmp_path / "hf", output_loading_info=True
+  )
+  assert not info["missing_keys"]
+  assert not info["unexpected_keys"]
+  for name, value in model.state_dict().items():
+    assert torch.equal(loaded.state_dict()[name], value), name
+  weights.save_pth(tmp_path / "sam.pth", params, settings)
+  again, found = weights.load_model(tmp_path / "sam.pth")
+  if settings.decoder.heads == 8:  # a state dict does not tell
+    assert found == with_epsilon(settings, "original")
+    chex.assert_trees_all_equal(again, params)
+
+
+def test_the_epsilons_differ(both):
+  """By little: some 1e-5, which a looser comparison would not see."""
+  model, params, settings = both
+  images, prompts = images_of(settings), prompts_of(settings, "points")
+  masks, _ = of_hf(model, images, prompts, True)
+  sam = Sam(with_epsilon(settings, "original"))
+  found = run(params, images, prompts, sam=sam, multimask=True)
+  assert 1e-6 < np.abs(found.logits - masks).max() < 1e-3
