@@ -3,6 +3,8 @@
 from typing import Any
 
 _EXPORTS = {
+  "AutomaticMaskGenerator": "slimsam.amg",
+  "Predictor": "slimsam.predict",
   "Sam": "slimsam.model",
   "SamSettings": "slimsam.settings",
   "preset": "slimsam.settings",

@@ -205,11 +205,12 @@ class AutomaticMaskGenerator:
       kept = ious > self.pred_iou_thresh
     stabilities = None
     if self.stability_at == "low_res":
-      stabilities = self._low_res_stability(made.logits)[: len(points)]
+      side = crop[3] - crop[1], crop[2] - crop[0]
+      stabilities = self._low_res_stability(made.logits, side)[: len(points)]
       kept &= self._is_stable(stabilities)
     found: list[_Found] = []
     places = np.flatnonzero(kept)
-    for part in chunks(len(places), self.predictor.frame):
+    for part in chunks(len(places), self.predictor.frame, self._batch):
       own = np.unique(part)
       measured = _measure(
         made.logits,
@@ -243,13 +244,14 @@ class AutomaticMaskGenerator:
       return np.ones(stabilities.shape, bool)
     return stabilities >= self.stability_score_thresh
 
-  def _low_res_stability(self, logits: Array) -> np.ndarray:
+  def _low_res_stability(
+    self, logits: Array, original: tuple[int, int]
+  ) -> np.ndarray:
     """Stability [b m] at the model's size, where the image is."""
-    h, w = np.asarray(self.predictor.frame.sides).tolist()
     size = self.predictor.settings.encoder.image_size
     side = logits.shape[-1]
     middles = (np.arange(side) + 0.5) * (size / side)
-    rows, columns = (middles < n for n in resized_shape(h, w, size))
+    rows, columns = (middles < n for n in resized_shape(*original, size))
     areas = _areas(
       logits.reshape(-1, side, side),
       np.outer(rows, columns),

@@ -35,7 +35,7 @@ def decode(
   sparse: Array,
   dense_prompts: Array,
   *,
-  multimask: bool = True,
+  multimask: bool | None = True,
   dtype: Any = jnp.float32,
 ) -> tuple[Array, Array]:
   """Masks of prompts.
@@ -48,12 +48,12 @@ def decode(
     sparse: [b p n c], the prompts' tokens.
     dense_prompts: [b p g g c]; either or both of b and p may be 1.
     multimask: the masks of an ambiguous prompt, else the one of a prompt that
-      is not.
+      is not; None: that one, and then the others.
     dtype: of the computation.
 
   Returns:
     Logits float32 [b p m 4g 4g], and the IoU predicted for each mask, float32
-    [b p m]; m is `num_masks`, or 1.
+    [b p m]; m is `num_masks`, or 1, or both together.
   """
   cfg = settings.decoder
   params = computed(params, dtype)
@@ -65,7 +65,8 @@ def decode(
   image = einops.rearrange(image, "b p y x c -> b p (y x) c")
   places = einops.rearrange(positions.astype(dtype), "y x c -> (y x) c")
   tokens, image = _transform(params, cfg, tokens, image, places[None, None])
-  chosen = slice(1, cfg.num_masks + 1) if multimask else slice(0, 1)
+  first, end = {True: (1, None), False: (0, 1), None: (0, None)}[multimask]
+  chosen = slice(first, end)
   iou = _mlp(params["iou_head"], tokens[:, :, 0], cfg.iou_depth)
   weights = jnp.stack(
     [

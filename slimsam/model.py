@@ -81,7 +81,7 @@ class Sam(nn.Module):
     boxes: Array | None = None,
     masks: Array | None = None,
     *,
-    multimask: bool = True,
+    multimask: bool | None = True,
   ) -> Masks:
     """Masks of prompts in images; see `encode` and `decode`."""
     return self.decode(
@@ -102,7 +102,7 @@ class Sam(nn.Module):
     boxes: Array | None = None,
     masks: Array | None = None,
     *,
-    multimask: bool = True,
+    multimask: bool | None = True,
   ) -> Masks:
     """Masks of prompts: points, boxes, or both.
 
@@ -113,7 +113,7 @@ class Sam(nn.Module):
       boxes: float [b p 4], x y x y.
       masks: logits float [b p 4g 4g], such as those of an earlier answer.
       multimask: several masks for each prompt, or the one for prompts that
-        are not ambiguous.
+        are not ambiguous; None: that one, and then the others.
     """
     own = self.prompt_encoder
     sparse = prompts.encode_prompts(own, self.settings, points, labels, boxes)

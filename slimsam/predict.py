@@ -63,11 +63,15 @@ def make_frame(original: tuple[int, int], settings: SamSettings) -> Frame:
     settings: of the model that made the logits.
   """
   cfg = settings.encoder
-  matrices = []
-  for side, resized in zip(original, resized_shape(*original, cfg.image_size)):
-    matrix = _upscaling(4 * cfg.grid, cfg.image_size, resized, side)
-    matrices.append(np.pad(matrix, ((0, -side % _STEP), (0, 0))))
-  return Frame(*map(jnp.asarray, matrices), jnp.asarray(original, jnp.int32))
+
+  def matrix(side: int, resized: int) -> Array:
+    made = _upscaling(4 * cfg.grid, cfg.image_size, resized, side)
+    return jnp.asarray(np.pad(made, ((0, -side % _STEP), (0, 0))))
+
+  rows, columns = map(
+    matrix, original, resized_shape(*original, cfg.image_size)
+  )
+  return Frame(rows, columns, jnp.asarray(original, jnp.int32))
 
 
 def enlarge(logits: Array, frame: Frame) -> Array:
@@ -85,13 +89,17 @@ def enlarge(logits: Array, frame: Frame) -> Array:
   return jnp.einsum("ksw,hs->khw", wide, frame.rows, precision=highest)
 
 
-def chunks(count: int, frame: Frame) -> list[np.ndarray]:
+def chunks(count: int, frame: Frame, size: int) -> list[np.ndarray]:
   """Indices of `count` masks, in parts that fit memory at full size.
 
-  All parts are equally long, and the last is filled up with the last index.
+  Args:
+    count: how many.
+    frame: of the image.
+    size: of the parts, where memory allows it. All are equally long: the last
+      is filled up with the last index.
   """
   pixels = len(frame.rows) * len(frame.columns)
-  size = max(min(_PIXELS // pixels, _bucket(count)), 1)
+  size = max(min(_PIXELS // pixels, size), 1)
   return [
     np.minimum(np.arange(start, start + size), count - 1)
     for start in range(0, count, size)
@@ -230,12 +238,12 @@ class Predictor:
         )
       point_coords, point_labels = points[None], labels[None]
     if box is not None:
-      if np.shape(box) != (4,):
+      box = check_boxes([box], original)
+      if box.ndim != 2:
         raise UserError(
-          f"box {list(np.shape(box))} must be [4], left, top, right and "
+          f"box {list(box.shape[1:])} must be [4], left, top, right and "
           "bottom: predict_batch takes several boxes"
         )
-      box = np.asarray(box)[None]
     masks, scores, logits = self.predict_batch(
       point_coords, point_labels, box, mask_input, multimask_output,
       return_logits,
@@ -323,7 +331,7 @@ class Predictor:
     flat = out.reshape(-1, *out.shape[2:])
     h, w = out.shape[2:]
     start = 0
-    for index in chunks(len(flat), self.frame):
+    for index in chunks(len(flat), self.frame, _bucket(len(flat))):
       made = _enlarged(logits, index, self.frame, binary=out.dtype == bool)
       used = min(len(index), len(flat) - start)
       flat[start : start + used] = np.asarray(made)[:used, :h, :w]
@@ -394,7 +402,8 @@ def _filled(rows: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(sam: Sam, params: PyTree, images: Array) -> Array:
-  return sam.apply({"params": params}, images, method=sam.encode)
+  made: Any = sam.apply({"params": params}, images, method=sam.encode)
+  return made
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="multimask")

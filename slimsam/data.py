@@ -1,0 +1,197 @@
+"""Batches of images, with prompts and masks where there are some.
+
+# b images, p prompts of each, g patches along a side
+
+Row r of batch k is a function of (seed, k, r), whatever the number of processes
+or workers: the data position is k.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.data.loader import Loader, process_share
+from common.data.pipeline import batches
+from common.errors import UserError
+from slimsam import rle
+from slimsam.preprocess import preprocess, resized_shape
+from slimsam.sources import Annotation, Sample, Source
+
+Example = dict[str, np.ndarray]
+_JITTER, _MOST = 0.1, 20.0  # of boxes: standard deviation by side, and pixels
+
+
+def rows_sharding(mesh: Any) -> Any:
+  """Where batches go: rows over data and fsdp."""
+  import jax
+
+  from common.parallel import batch_sharding
+
+  rows = batch_sharding(mesh).spec[0]
+  return jax.sharding.NamedSharding(mesh, jax.P(rows))
+
+
+class Numbered(Sequence):
+  """A source whose samples come with their numbers."""
+
+  def __init__(self, source: Source):
+    self._source = source
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int) -> tuple[int, Sample]:  # type: ignore[override]
+    return i, self._source[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageExample:
+  """An image as the encoder takes it.
+
+  Attributes:
+    size: side of the padded image.
+  """
+
+  size: int
+
+  def __call__(
+    self, numbered: tuple[int, Sample], rng: np.random.Generator
+  ) -> Example:
+    """`images` float32 [size size 3], `ids` int32, the sample's number."""
+    del rng
+    number, sample = numbered
+    return {
+      "images": preprocess(sample.image, self.size),
+      "ids": np.int32(number),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptedExample:
+  """An image with prompts and masks to learn from.
+
+  Attributes:
+    size: side of the padded image.
+    grid: g, of the encoder.
+    prompts: p; where an image has more annotations they are drawn, where it
+      has fewer the rest weighs nothing.
+  """
+
+  size: int
+  grid: int
+  prompts: int
+
+  def __call__(
+    self, numbered: tuple[int, Sample], rng: np.random.Generator
+  ) -> Example:
+    """What `ImageExample` makes, and prompts.
+
+    `points` [p 2], a pixel drawn from each mask, and `boxes` [p 4] whose sides
+    are off by a tenth of their length, 20 pixels at most, both in pixels of
+    the padded image; `masks` [p 4g 4g], 0 or 1; `valid` [p], 0 where there is
+    no annotation.
+    """
+    made = ImageExample(self.size)(numbered, rng)
+    annotations = numbered[1].annotations
+    chosen = rng.permutation(len(annotations))[: self.prompts]
+    own = [self._prompt(annotations[i], rng) for i in chosen]
+    side = 4 * self.grid
+    empty = {
+      "points": np.zeros(2, np.float32),
+      "boxes": np.zeros(4, np.float32),
+      "masks": np.zeros((side, side), np.float32),
+      "valid": np.float32(0),
+    }
+    own += [empty] * (self.prompts - len(own))
+    return made | {name: np.stack([one[name] for one in own]) for name in empty}
+
+  def _prompt(
+    self, annotation: Annotation, rng: np.random.Generator
+  ) -> Example:
+    mask = rle.decode(annotation.rle)
+    scale = self.size / max(mask.shape)
+    rows, columns = np.nonzero(mask)
+    place = rng.integers(len(rows))
+    x, y, w, h = annotation.bbox
+    corners = np.array([x, y, x + w, y + h], np.float32)
+    noise = rng.normal(0, _JITTER, 4) * np.array([w, h, w, h])
+    most = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
+    corners = np.clip(corners + np.clip(noise, -_MOST, _MOST), 0, most)
+    return {
+      "points": np.array([columns[place], rows[place]], np.float32) * scale,
+      "boxes": (corners * scale).astype(np.float32),
+      "masks": coarse(mask, 4 * self.grid),
+      "valid": np.float32(1),
+    }
+
+
+def coarse(mask: np.ndarray, side: int) -> np.ndarray:
+  """A mask at the size of the logits: cells that it covers at least half.
+
+  Args:
+    mask: bool [h w].
+    side: 4g; the mask's longest side fills it, as the image's does.
+
+  Returns:
+    float32 [side side], 0 or 1.
+  """
+  from PIL import Image
+
+  h, w = resized_shape(*mask.shape, side)
+  small = Image.fromarray(mask.astype(np.float32), mode="F")
+  found = np.asarray(small.resize((w, h), Image.Resampling.BOX))
+  made = np.zeros((side, side), np.float32)
+  made[:h, :w] = found >= 0.5
+  return made
+
+
+def train_loader(
+  source: Source,
+  example: ImageExample | PromptedExample,
+  *,
+  rows: int,
+  seed: int,
+  sharding: Any = None,
+  start: int = 0,
+  prefetch: int = 2,
+  workers: int = 0,
+  threads: int = 0,
+) -> Loader:
+  """Training batches without end, shuffled anew each epoch.
+
+  Args:
+    source: of images; with masks where the example has prompts.
+    example: what a row holds.
+    rows: b, of the whole batch.
+    seed: of order and draws.
+    sharding: where batches go; see `rows_sharding`. NumPy arrays if None.
+    start: the first batch.
+    prefetch: batches made ahead.
+    workers: processes that make batches; 0: one thread.
+    threads: that decode the images of a batch.
+
+  Raises:
+    UserError: for a source without masks where prompts are asked for, and for
+      rows that do not divide among the devices.
+  """
+  if isinstance(example, PromptedExample) and not source.labelled:
+    raise UserError(
+      "training on masks needs a source that has some: composite, sa1b, coco "
+      "or tfds"
+    )
+  index, count = (0, 1) if sharding is None else process_share(sharding)
+  return batches(
+    Numbered(source),
+    batch_size=rows,
+    seed=seed,
+    process_index=index,
+    process_count=count,
+    transform=example,
+    start=start,
+    num_threads=threads,
+    sharding=sharding,
+    prefetch=prefetch,
+    workers=workers,
+  )
