@@ -19,7 +19,7 @@ from slimsam import rle
 from slimsam.preprocess import preprocess, resized_shape
 from slimsam.sources import Annotation, Sample, Source
 
-Example = dict[str, np.ndarray]
+Example = dict[str, Any]
 _JITTER, _MOST = 0.1, 20.0  # of boxes: standard deviation by side, and pixels
 
 
@@ -111,17 +111,19 @@ class PromptedExample:
     self, annotation: Annotation, rng: np.random.Generator
   ) -> Example:
     mask = rle.decode(annotation.rle)
-    scale = self.size / max(mask.shape)
-    rows, columns = np.nonzero(mask)
-    place = rng.integers(len(rows))
-    x, y, w, h = annotation.bbox
-    corners = np.array([x, y, x + w, y + h], np.float32)
-    noise = rng.normal(0, _JITTER, 4) * np.array([w, h, w, h])
-    most = np.array([mask.shape[1], mask.shape[0]] * 2) - 1
+    rows, columns = mask.shape
+    h, w = resized_shape(rows, columns, self.size)
+    scale = np.array([w / columns, h / rows], np.float32)
+    ys, xs = np.nonzero(mask)
+    place = rng.integers(len(ys))
+    x, y, wide, high = annotation.bbox
+    corners = np.array([x, y, x + wide, y + high], np.float32)
+    noise = rng.normal(0, _JITTER, 4) * np.array([wide, high] * 2)
+    most = np.array([columns, rows] * 2) - 1
     corners = np.clip(corners + np.clip(noise, -_MOST, _MOST), 0, most)
     return {
-      "points": np.array([columns[place], rows[place]], np.float32) * scale,
-      "boxes": (corners * scale).astype(np.float32),
+      "points": np.array([xs[place], ys[place]], np.float32) * scale,
+      "boxes": (corners * np.tile(scale, 2)).astype(np.float32),
       "masks": coarse(mask, 4 * self.grid),
       "valid": np.float32(1),
     }
@@ -139,7 +141,7 @@ def coarse(mask: np.ndarray, side: int) -> np.ndarray:
   """
   from PIL import Image
 
-  h, w = resized_shape(*mask.shape, side)
+  h, w = resized_shape(mask.shape[0], mask.shape[1], side)
   small = Image.fromarray(mask.astype(np.float32), mode="F")
   found = np.asarray(small.resize((w, h), Image.Resampling.BOX))
   made = np.zeros((side, side), np.float32)

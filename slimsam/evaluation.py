@@ -1,0 +1,281 @@
+"""How well a model's masks agree with true ones, and with a teacher's.
+
+# n prompts of an image, m masks of a prompt, h w of the image, s of the logits
+
+The protocol is that of SlimSAM's code, mended: each prompt is one of an
+annotation, masks are compared at the size of the image, with a threshold of 0,
+and the mean over an image's annotations is averaged over images; but every
+image is encoded once, two empty masks agree, and images without annotations are
+not counted.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.config import did_you_mean
+from common.errors import UserError
+from common.nn import Array
+from slimsam import rle
+from slimsam.masks import centre
+from slimsam.model import Sam
+from slimsam.preprocess import preprocess, scale_boxes, scale_points, upscale
+from slimsam.sources import Sample, Source
+
+PyTree = Any
+# The annotation's point, the mask's pixel furthest from its border, its box.
+PROMPTS = ("point", "center", "box")
+# The mask of prompts that are not ambiguous; of the others the one that the
+# model itself takes for the best, and the one that truly is.
+CHOICES = ("single", "best", "oracle")
+_CHUNK = 16  # prompts at once
+
+
+class Ious(NamedTuple):
+  """How well masks agree.
+
+  Attributes:
+    images: of each image the IoU of each prompt, [n].
+  """
+
+  images: Sequence[np.ndarray]
+
+  @property
+  def mean(self) -> float:
+    """Of images, in which each has the mean of its prompts."""
+    return float(np.mean([own.mean() for own in self.images]))
+
+  @property
+  def mean_of_masks(self) -> float:
+    """Of all prompts."""
+    return float(np.mean(np.concatenate(self.images)))
+
+  def interval(
+    self, *, samples: int = 1000, seed: int = 0
+  ) -> tuple[float, float]:
+    """The 95 % bootstrap interval of `mean`, images resampled."""
+    means = np.array([own.mean() for own in self.images])
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(means), size=(samples, len(means)))
+    low, high = np.quantile(means[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+  """An image and its prompts.
+
+  Attributes:
+    name: of the image.
+    image: uint8 [h w 3].
+    codes: of the true masks; see `slimsam.rle`.
+    points: by kind of prompt, float32 [n 2].
+    boxes: float32 [n 4], x y x y.
+  """
+
+  name: str
+  image: np.ndarray
+  codes: tuple[Mapping[str, Any], ...]
+  points: Mapping[str, np.ndarray]
+  boxes: np.ndarray
+
+  @classmethod
+  def of(cls, sample: Sample) -> "Prompted":
+    """The prompts of a sample's annotations; the centre for a missing point."""
+    masks = [rle.decode(own.rle) for own in sample.annotations]
+    centres = np.array([centre(mask) for mask in masks], np.float32)
+    points = centres.copy()
+    for i, own in enumerate(sample.annotations):
+      if own.point is not None:
+        points[i] = own.point
+    boxes = np.array(
+      [(x, y, x + w, y + h) for x, y, w, h in
+       (own.bbox for own in sample.annotations)], np.float32,
+    )  # fmt: skip
+    return cls(
+      sample.name,
+      sample.image,
+      tuple(own.rle for own in sample.annotations),
+      {"point": points, "center": centres},
+      boxes,
+    )
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Height and width."""
+    return self.image.shape[0], self.image.shape[1]
+
+
+class Evaluator:
+  """Compares a model's masks with true ones, and with a teacher's.
+
+  Args:
+    source: of images with masks.
+    prompts: kinds of prompts, of `PROMPTS`.
+    choices: which mask of a prompt, of `CHOICES`.
+    teacher: (parameters, model): its `single` masks of the same prompts are
+      a second truth.
+    limit: images at most; 0: all.
+
+  Raises:
+    UserError: for unknown names, and for images without any mask.
+  """
+
+  def __init__(
+    self,
+    source: Source,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    choices: Sequence[str] = CHOICES,
+    teacher: tuple[PyTree, Sam] | None = None,
+    limit: int = 0,
+  ):
+    for given, known, what in (
+      (prompts, PROMPTS, "prompts"), (choices, CHOICES, "choices"),
+    ):  # fmt: skip
+      for name in given:
+        if name not in known:
+          raise UserError(f"{what}: {name!r}{did_you_mean(name, known)}")
+    self._prompts, self._choices = tuple(prompts), tuple(choices)
+    self._images = list(_prompted(source, limit))
+    if not self._images:
+      raise UserError(
+        "none of the images has a mask: there is nothing to judge"
+      )
+    self._teacher: list[dict[str, list[Any]]] | None = None
+    if teacher is not None:
+      params, sam = teacher
+      self._teacher = [
+        {kind: [rle.encode(m) for m in masks[:, 0]] for kind, (masks, _) in own}
+        for own in self._answers(params, sam)
+      ]
+
+  @property
+  def num_masks(self) -> int:
+    """How many true masks there are."""
+    return sum(len(own.codes) for own in self._images)
+
+  def __call__(self, params: PyTree, sam: Sam) -> dict[str, Ious]:
+    """By `TRUTH/PROMPT/CHOICE`, such as `gt/point/single`.
+
+    Args:
+      params: of the model.
+      sam: the model.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for image, own in enumerate(self._answers(params, sam)):
+      for kind, (masks, iou) in own:
+        truths = {"gt": _stack(self._images[image].codes)}
+        if self._teacher is not None:
+          truths["teacher"] = _stack(self._teacher[image][kind])
+        for truth, expected in truths.items():
+          made = _ious(masks, expected)
+          for choice in self._choices:
+            # A teacher is compared with as it is used.
+            if truth == "teacher" and choice != "single":
+              continue
+            name = f"{truth}/{kind}/{choice}"
+            found.setdefault(name, []).append(_chosen(choice, made, iou))
+    return {name: Ious(images) for name, images in found.items()}
+
+  def _answers(self, params: PyTree, sam: Sam) -> Iterator[list[Any]]:
+    """Of each image, by kind of prompt, masks [n m h w] and their IoU [n m]."""
+    size = sam.settings.encoder.image_size
+    for own in self._images:
+      image = preprocess(own.image, size)
+      embedding = encode_image(sam, params, jnp.asarray(image)[None])
+      yield [
+        (kind, self._answer(params, sam, own, embedding, kind))
+        for kind in self._prompts
+      ]
+
+  def _answer(
+    self, params: PyTree, sam: Sam, own: Prompted, embedding: Array, kind: str
+  ) -> tuple[np.ndarray, np.ndarray]:
+    size = sam.settings.encoder.image_size
+    if kind == "box":
+      prompts = np.asarray(scale_boxes(own.boxes, own.size, size))
+    else:
+      prompts = np.asarray(scale_points(own.points[kind], own.size, size))
+    masks, ious = [], []
+    for start in range(0, len(prompts), _CHUNK):
+      part = prompts[start : start + _CHUNK]
+      full = np.resize(part, (_CHUNK, part.shape[1]))
+      logits, iou = answer_prompts(sam, params, embedding, full[None])
+      large = upscale(logits[0, : len(part)], size, own.size) > 0
+      masks.append(np.asarray(large))
+      ious.append(np.asarray(iou[0, : len(part)]))
+    return np.concatenate(masks), np.concatenate(ious)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_image(sam: Sam, params: PyTree, images: Array) -> Array:
+  """[b size size 3] -> [b g g c]."""
+  return sam.apply({"params": params}, images, method=sam.encode)  # type: ignore
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def answer_prompts(
+  sam: Sam, params: PyTree, embeddings: Array, prompts: Array
+) -> tuple[Array, Array]:
+  """All masks of prompts, the one of those that are not ambiguous first.
+
+  Args:
+    sam: the model.
+    params: its.
+    embeddings: [b g g c].
+    prompts: points [b p 2] on objects, or boxes [b p 4]; pixels of the padded
+      image.
+
+  Returns:
+    Logits [b p m s s], and the IoU that the model predicts, [b p m].
+  """
+  given: dict[str, Array] = {"boxes": prompts}
+  if prompts.shape[-1] == 2:
+    labels = jnp.ones((*prompts.shape[:2], 1), jnp.int32)
+    given = {"points": prompts[:, :, None], "labels": labels}
+  made: Any = sam.apply(
+    {"params": params}, embeddings, **given, multimask=None, method=sam.decode
+  )
+  return made.logits, made.iou
+
+
+def _prompted(source: Source, limit: int) -> Iterator[Prompted]:
+  for i in range(len(source)):
+    if limit and i >= limit:
+      return
+    sample = source[i]
+    if sample.annotations:
+      yield Prompted.of(sample)
+
+
+def _stack(codes: Sequence[Mapping[str, Any]]) -> np.ndarray:
+  """Masks [n h w] of codes."""
+  return np.stack([rle.decode(code) for code in codes])
+
+
+def _ious(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
+  """[n m h w] and [n h w] -> [n m]."""
+  both = np.count_nonzero(masks & truth[:, None], axis=(-2, -1))
+  either = np.count_nonzero(masks | truth[:, None], axis=(-2, -1))
+  return np.where(either > 0, both / np.maximum(either, 1), 1.0)
+
+
+def _chosen(choice: str, ious: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+  """The IoU of one mask of each prompt, [n]."""
+  if choice == "single":
+    return ious[:, 0]
+  if choice == "oracle":
+    return ious[:, 1:].max(axis=1)
+  best = predicted[:, 1:].argmax(axis=1)
+  return ious[np.arange(len(ious)), 1 + best]
+
+
+def scalars(found: Mapping[str, Ious]) -> dict[str, float]:
+  """Means over images, by the same names under `miou/`."""
+  return {f"miou/{name}": own.mean for name, own in found.items()}
