@@ -46,7 +46,6 @@ def make_train_step(
   *,
   accum: int = 1,
   grad_metrics: GradMetrics | None = None,
-  context: Callable[[TrainState], PyTree] | None = None,
 ) -> StepFn:
   """Makes the jitted step `(state, batch) -> (state, metrics)`.
 
@@ -67,20 +66,21 @@ def make_train_step(
     streams: random streams; micro-batch `i` sees each key folded with `i`.
     accum: number of micro-batches; divides the batch's first axis.
     grad_metrics: gradients -> what else to report.
-    context: state -> what else of it the loss sees, such as a teacher in
-      `extra`: `loss_fn` is then called with it as a fourth argument.
 
   Returns:
-    The step function. Its first call compiles, later ones do not.
+    The step function. Its first call compiles, later ones do not. What it is
+    given besides state and batch, such as a teacher's parameters, goes to the
+    loss: such arrays are neither saved nor compiled in.
 
   Raises:
     ValueError: from the first call, when `accum` does not divide the batch.
   """
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  def step(
+    state: TrainState, batch: Batch, *constants: PyTree
+  ) -> tuple[TrainState, Metrics]:
     rngs = streams(state.step)
-    seen = () if context is None else (context(state),)
-    gradient = jax.grad(_weighted(loss_fn, *seen), has_aux=True)
+    gradient = jax.grad(_weighted(loss_fn, *constants), has_aux=True)
     if accum == 1:
       grads, metrics = gradient(state.params, batch, rngs)
     else:
@@ -106,11 +106,11 @@ def make_train_step(
   return jax.jit(step, donate_argnums=0)
 
 
-def _weighted(loss_fn: Callable, *seen: PyTree):
+def _weighted(loss_fn: Callable, *constants: PyTree):
   """`loss * count`: its gradients add up over micro-batches."""
 
   def weighted(params, batch, rngs):
-    loss, metrics = loss_fn(params, batch, rngs, *seen)
+    loss, metrics = loss_fn(params, batch, rngs, *constants)
     count = jax.lax.stop_gradient(metrics["loss"].count)
     return loss * count.astype(loss.dtype), metrics
 

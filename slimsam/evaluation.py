@@ -235,7 +235,7 @@ def answer_prompts(
   Returns:
     Logits [b p m s s], and the IoU that the model predicts, [b p m].
   """
-  given: dict[str, Array] = {"boxes": prompts}
+  given: Any = {"boxes": prompts}
   if prompts.shape[-1] == 2:
     labels = jnp.ones((*prompts.shape[:2], 1), jnp.int32)
     given = {"points": prompts[:, :, None], "labels": labels}

@@ -48,6 +48,26 @@ def test_accumulation_weights_by_tokens_not_by_micro_batch(accum):
   chex.assert_trees_all_close(m1, m2, rtol=1e-6)
 
 
+@pytest.mark.parametrize("accum", [1, 2])
+def test_the_loss_sees_what_else_the_step_is_given(accum):
+  """As arguments: another teacher compiles nothing, and is not saved."""
+
+  def follow(params, batch, rngs, teacher):
+    moved = {"w": params["w"] - teacher["w"]}
+    return loss_fn(moved, batch, rngs)
+
+  tx = optax.sgd(0.1)
+  step = make_train_step(follow, tx, RngStreams(0), accum=accum)
+  batch = make_batch([1, 2])
+  zero, one = ({"w": jnp.full(3, value)} for value in (0.0, 1.0))
+  plain, _ = make_train_step(loss_fn, tx, RngStreams(0))(make_state(tx), batch)
+  same, _ = step(make_state(tx), batch, zero)
+  other, _ = step(make_state(tx), batch, one)
+  chex.assert_trees_all_close(same.params, plain.params, rtol=1e-6)
+  assert not np.allclose(other.params["w"], plain.params["w"])
+  assert step._cache_size() == 1
+
+
 def test_a_batch_without_targets_moves_nothing():
   tx = optax.sgd(0.1)
   state, metrics = make_train_step(loss_fn, tx, RngStreams(0))(
