@@ -33,7 +33,7 @@ def scale_by_factor() -> optax.GradientTransformation:
     del params
     return FactorState(jnp.ones((), jnp.float32))
 
-  def update(updates: Any, state: FactorState, params: Any = None) -> Any:
+  def update(updates: Any, state: Any, params: Any = None) -> Any:
     del params
     scaled = jax.tree.map(lambda u: u * state.factor.astype(u.dtype), updates)
     return scaled, state
