@@ -8,11 +8,12 @@ or workers: the data position is k.
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 
-from common.data.loader import Loader, process_share
+from common.data.loader import Batches, Loader, process_share, row_shares
 from common.data.pipeline import batches
 from common.errors import UserError
 from slimsam import rle
@@ -197,3 +198,81 @@ def train_loader(
     prefetch=prefetch,
     workers=workers,
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class InOrder:
+  """Makes this process's rows of batch k of a source in its order.
+
+  Attributes:
+    source: of images.
+    size: side of the padded image.
+    rows: b, of the whole batch.
+    count: images of the source.
+    process_index, process_count: this process brings share `process_index`.
+    threads: that decode the images of a batch.
+  """
+
+  source: Source
+  size: int
+  rows: int
+  count: int
+  process_index: int = 0
+  process_count: int = 1
+  threads: int = 0
+
+  def __call__(self, k: int, arg: None = None) -> Example:
+    """`images`, `ids`, and `weights` [b]: 0 where the source has ended."""
+    del arg
+    share = self.rows // self.process_count
+    first = k * self.rows + self.process_index * share
+    ids = np.arange(first, first + share, dtype=np.int32)
+    # What pads the last batch is its first image.
+    places = np.where(ids < self.count, ids, min(first, self.count - 1))
+    with futures.ThreadPoolExecutor(max(self.threads, 1)) as pool:
+      images = list(pool.map(self._image, places))
+    return {
+      "images": np.stack(images),
+      "ids": ids,
+      "weights": (ids < self.count).astype(np.float32),
+    }
+
+  def _image(self, i: int) -> np.ndarray:
+    return preprocess(self.source[int(i)].image, self.size)
+
+
+def image_batches(
+  source: Source,
+  size: int,
+  *,
+  rows: int,
+  limit: int = 0,
+  sharding: Any = None,
+  threads: int = 0,
+) -> Batches:
+  """All images of a source once, in its order.
+
+  Args:
+    source: of images.
+    size: side of the padded image.
+    rows: b, of a batch over all processes.
+    limit: images at most; 0: all.
+    sharding: where batches go; see `rows_sharding`. NumPy arrays if None.
+    threads: that decode the images of a batch.
+
+  Returns:
+    Batches of `images` float32 [b size size 3], `ids` int32 [b] and `weights`
+    [b], 0 in rows that only fill the last batch.
+
+  Raises:
+    UserError: for rows that do not divide among the devices.
+  """
+  index, count, shards = row_shares(sharding)
+  if rows < 1 or rows % shards:
+    raise UserError(
+      f"a batch of {rows} images does not divide among the {shards} shards of "
+      "the mesh: choose a multiple"
+    )
+  total = min(limit or len(source), len(source))
+  reader = InOrder(source, size, rows, total, index, count, threads)
+  return Batches(reader, -(-total // rows), sharding)

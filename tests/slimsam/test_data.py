@@ -12,6 +12,7 @@ from slimsam.data import (
   ImageExample,
   PromptedExample,
   coarse,
+  image_batches,
   rows_sharding,
   train_loader,
 )
@@ -116,6 +117,26 @@ def test_devices_and_processes_have_their_rows():
   for name, value in here.items():
     np.testing.assert_array_equal(there[name], value)
     assert there[name].sharding.spec[0] == ("data", "fsdp")
+
+
+@pytest.mark.parametrize(("limit", "threads"), [(0, 0), (7, 2)])
+def test_in_order_every_image_comes_once(limit, threads):
+  source, count = Squares(), limit or 10
+  made = image_batches(source, 64, rows=4, limit=limit, threads=threads)
+  for _ in range(2):  # as often as one likes
+    batches = list(made)
+    assert len(batches) == len(made) == -(-count // 4)
+    ids = np.concatenate([batch["ids"] for batch in batches])
+    weights = np.concatenate([batch["weights"] for batch in batches])
+    assert list(ids[weights > 0]) == list(range(count))
+    assert not np.any(weights[count:])
+    image = preprocess(source[5].image, 64)
+    np.testing.assert_array_equal(batches[1]["images"][1], image)
+  sharding = rows_sharding(make_mesh({"data": 8}))
+  with pytest.raises(UserError, match="4 images does not divide among the 8"):
+    image_batches(source, 64, rows=4, sharding=sharding)
+  (batch,) = image_batches(source, 64, rows=16, sharding=sharding)
+  assert batch["weights"].sum() == 10
 
 
 def test_masks_need_masks():
