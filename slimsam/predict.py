@@ -21,19 +21,19 @@ from common.nn import Array
 from slimsam.encoder import DTYPES, PLAIN, Compute
 from slimsam.model import Masks, Sam
 from slimsam.preprocess import (
-  _upscaling,
   check_boxes,
   check_points,
   preprocess,
   resized_shape,
   scale_boxes,
   scale_points,
+  upscaling,
 )
 from slimsam.settings import SamSettings
 
 PyTree = Any
 FORMATS = ("RGB", "BGR")
-_PROMPTS = 64  # at once: the decoder takes about 25 MB for each
+_PROMPTS = 64  # at once: the decoder takes about 20 MB for each
 _PIXELS = 2**25  # of enlarged masks at once: 128 MB of float32
 _STEP = 64  # sides of images are rounded up to it
 
@@ -65,7 +65,7 @@ def make_frame(original: tuple[int, int], settings: SamSettings) -> Frame:
   cfg = settings.encoder
 
   def matrix(side: int, resized: int) -> Array:
-    made = _upscaling(4 * cfg.grid, cfg.image_size, resized, side)
+    made = upscaling(4 * cfg.grid, cfg.image_size, resized, side)
     return jnp.asarray(np.pad(made, ((0, -side % _STEP), (0, 0))))
 
   rows, columns = map(
@@ -188,7 +188,7 @@ class Predictor:
     """
     self.reset_image()
     if image_format not in FORMATS:
-      hint = did_you_mean(str(image_format), FORMATS)
+      hint = did_you_mean(image_format, FORMATS)
       raise UserError(f"image_format={image_format!r}{hint}")
     image = np.asarray(image)
     if image_format == "BGR":

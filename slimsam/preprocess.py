@@ -134,7 +134,7 @@ def upscale(
   logits = jnp.asarray(logits, jnp.float32)
   s = logits.shape[-1]
   rows, columns = (
-    jnp.asarray(_upscaling(s, image_size, resized, side))
+    jnp.asarray(upscaling(s, image_size, resized, side))
     for resized, side in zip(resized_shape(*original, image_size), original)
   )
   highest = jax.lax.Precision.HIGHEST
@@ -142,7 +142,7 @@ def upscale(
   return jnp.einsum("...sw,hs->...hw", wide, rows, precision=highest)
 
 
-def _upscaling(s: int, image_size: int, resized: int, side: int) -> np.ndarray:
+def upscaling(s: int, image_size: int, resized: int, side: int) -> np.ndarray:
   """The matrix [side s] of `upscale` along one axis."""
   square = _interpolate(np.eye(s), image_size)
   return _interpolate(square[:resized], side).astype(np.float32)

@@ -41,8 +41,8 @@ def make_parser() -> Parser:
   parser = Parser(
     "slimsam.segment",
     description="Finds masks in images: what points or boxes mean, or "
-    "everything. For photo.jpg it writes photo.png, where masks are coloured, "
-    "photo_mask_0.png and so on, and photo.json with their run-length codes "
+    "everything.\nOf photo.jpg it writes photo.png, where masks are coloured, "
+    "photo_mask_0.png\nand so on, and photo.json with their run-length codes "
     "and scores.",
     example=EXAMPLE,
   )
@@ -78,13 +78,14 @@ def make_parser() -> Parser:
   )
   add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
   own = parser.add_argument_group("with --everything")
-  own.add_argument("--points_per_side", type=int, help="of the grid (32)")
-  own.add_argument("--pred_iou_thresh", type=float, help="quality (0.88)")
-  own.add_argument("--stability_score_thresh", type=float, help="(0.95)")
-  own.add_argument("--crop_n_layers", type=int, help="crops for small things")
-  own.add_argument(
-    "--min_mask_region_area", type=int, help="drop holes and islands below it"
-  )
+  for name, kind, text in (
+    ("points_per_side", int, "of the grid (32)"),
+    ("pred_iou_thresh", float, "drop masks of lower predicted IoU (0.88)"),
+    ("stability_score_thresh", float, "drop less stable ones (0.95)"),
+    ("crop_n_layers", int, "crops of the image too, for small things (0)"),
+    ("min_mask_region_area", int, "drop smaller holes and islands (0)"),
+  ):
+    own.add_argument(f"--{name}", type=kind, metavar="N", help=text)
   return parser
 
 

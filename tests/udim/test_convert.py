@@ -330,5 +330,7 @@ def test_a_missing_library_is_named(name, library, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, library, None)
   path = tmp_path / name
   path.touch()
-  with pytest.raises(UserError, match=rf"{name}.* needs {library}: pip install"):
+  with pytest.raises(
+    UserError, match=rf"{name}.* needs {library}: pip install"
+  ):
     read_weights(str(path))
