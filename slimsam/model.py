@@ -21,15 +21,15 @@ from slimsam.settings import SamSettings
 # and hidden layers are cut over `model`, embeddings over `fsdp`. Convolutions
 # are whole: XLA's CPU gradients of kernels that are cut twice are wrong.
 RULES = (
-  (r"^extra/", jax.P()),
   (r"blocks/\d+/attn/qkv/kernel$", jax.P("fsdp", None, "model")),
   (r"blocks/\d+/attn/qkv/bias$", jax.P(None, "model")),
   (r"blocks/\d+/attn/proj/kernel$", jax.P("model", None, "fsdp")),
   (r"blocks/\d+/mlp/lin1/kernel$", jax.P("fsdp", "model")),
   (r"blocks/\d+/mlp/lin1/bias$", jax.P("model")),
   (r"blocks/\d+/mlp/lin2/kernel$", jax.P("model", "fsdp")),
-  (r"(^|/)(image_encoder|prompt_encoder|mask_decoder)/", jax.P()),
-  (r"(^|/)(step|count)$", jax.P()),
+  (r"(^|/)(patch_embed|pos_embed|blocks|neck)(/|$)", jax.P()),
+  (r"(^|/)(prompt_encoder|mask_decoder)/", jax.P()),
+  (r"(^|/)(step|count|factor)$", jax.P()),
 )
 
 

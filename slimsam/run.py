@@ -1,0 +1,190 @@
+"""What the trainings of a run share: data, devices, and how it is judged."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from common import config as config_lib
+from common.parallel import from_host, make_mesh, on_device, shardings
+from slimsam import weights
+from slimsam.data import image_batches, rows_sharding, train_loader
+from slimsam.encoder import PLAIN, encode
+from slimsam.evaluation import Evaluator, scalars
+from slimsam.model import RULES, Sam
+from slimsam.settings import EncoderSettings, SamSettings
+from slimsam.sources import Sample, Source, make_source
+
+PyTree = Any
+# (the image encoder's parameters, the model's sizes) -> scalars
+Measure = Callable[[PyTree, SamSettings], dict[str, float]]
+
+# Keys that may change when a run is resumed: batches and numbers stay the same,
+# but for the order of sums on another mesh.
+FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
+        "data.threads", "data.prefetch", "mesh", "export")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A SAM.
+
+  Attributes:
+    params: NumPy.
+    settings: its sizes.
+  """
+
+  params: PyTree
+  settings: SamSettings
+
+  @property
+  def encoder(self) -> PyTree:
+    """The image encoder's parameters."""
+    return self.params["image_encoder"]
+
+  def with_encoder(self, encoder: PyTree) -> PyTree:
+    """All parameters, with another image encoder."""
+    return {**self.params, "image_encoder": encoder}
+
+  @classmethod
+  def load(cls, path: Any) -> "Model":
+    """Reads a model; see `slimsam.weights.load_model`."""
+    return cls(*weights.load_model(path))
+
+
+class First(Source):
+  """The first samples of a source; 0: all."""
+
+  def __init__(self, source: Source, limit: int):
+    self._source, self._limit = source, limit
+    self.labelled = source.labelled
+
+  def __len__(self) -> int:
+    return min(self._limit or len(self._source), len(self._source))
+
+  @property
+  def fingerprint(self) -> str:
+    return f"{self._source.fingerprint}/{len(self)}"
+
+  def read(self, i: int) -> Sample:
+    return self._source[i]
+
+
+class Run:
+  """A run's folder, data and devices.
+
+  Args:
+    config: see `configs/slimsam.py`.
+    folder: the run's; made if missing.
+
+  Attributes:
+    train, valid: images.
+    mesh: devices.
+    sharding: of batches.
+
+  Raises:
+    UserError: for data that is missing, a mesh that does not fit, and a folder
+      that holds a run of another configuration.
+  """
+
+  def __init__(self, config: Any, folder: pathlib.Path):
+    self.config, self.folder = config, folder
+    self.mesh = make_mesh(config.mesh.to_dict())
+    self.sharding = rows_sharding(self.mesh)
+    self.train = make_source(config.data.source, "train")
+    self.valid = make_source(config.data.source, "valid")
+    if any(folder.glob("*/checkpoints/*")):
+      config_lib.check_resume(folder, config, free=FREE)
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+      config_lib.save_config(folder, config)
+
+  @property
+  def facts(self) -> dict[str, Any]:
+    """What must not change while the run goes on."""
+    return {
+      "data_hash": self.train.fingerprint,
+      "valid_hash": self.valid.fingerprint,
+    }
+
+  def loader(self, source: Source, example: Any, rows: int) -> Any:
+    """Training batches; see `slimsam.data.train_loader`."""
+    return train_loader(
+      source,
+      example,
+      rows=rows,
+      seed=self.config.seed,
+      sharding=self.sharding,
+      prefetch=self.config.data.prefetch,
+      workers=self.config.data.workers,
+      threads=self.config.data.threads,
+    )
+
+  def placed(self, tree: PyTree) -> PyTree:
+    """NumPy parameters, where the mesh has them."""
+    places = shardings(tree, self.mesh, RULES)
+    like = jax.tree.map(
+      lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+      tree,
+      places,
+    )
+    return from_host(tree, like)
+
+  def evaluator(self, teacher: Model | None = None) -> Evaluator:
+    """Judges masks of the validation images, also against a teacher's."""
+    cfg = self.config.evaluation
+    own = None if teacher is None else (teacher.params, Sam(teacher.settings))
+    with alone():
+      return Evaluator(
+        self.valid,
+        prompts=cfg.prompts,
+        choices=cfg.choices,
+        teacher=own,
+        limit=cfg.images,
+      )
+
+  def measure(self, original: Model) -> Measure:
+    """Judges image encoders: masks and `valid/mse`, the mean squared error of
+    the image embedding against the original's.
+
+    Every process does so alone, on a device of its own.
+    """
+    judge = self.evaluator(original)
+    batches = list(
+      image_batches(
+        self.valid,
+        original.settings.encoder.image_size,
+        rows=1,
+        limit=self.config.evaluation.images,
+      )
+    )
+
+    def embeddings(encoder: PyTree, settings: SamSettings) -> list[np.ndarray]:
+      run = functools.partial(_embed, settings=settings.encoder)
+      return [np.asarray(run(encoder, batch["images"])) for batch in batches]
+
+    with alone():
+      targets = embeddings(original.encoder, original.settings)
+
+    def measure(encoder: PyTree, settings: SamSettings) -> dict[str, float]:
+      with alone():
+        found = scalars(judge(original.with_encoder(encoder), Sam(settings)))
+        made = embeddings(encoder, settings)
+      errors = [np.mean(np.square(a - b)) for a, b in zip(made, targets)]
+      return found | {"valid/mse": float(np.mean(errors))}
+
+    return measure
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _embed(encoder: PyTree, images: Any, settings: EncoderSettings) -> Any:
+  return encode(encoder, images, settings, PLAIN)
+
+
+def alone() -> Any:
+  """A context in which jit runs on one device of this process."""
+  return on_device(jax.local_devices()[0])

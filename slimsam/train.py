@@ -1,0 +1,309 @@
+"""Trains a teacher, slims it in stages, and leaves a smaller model."""
+
+import dataclasses
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common import files
+from common.config import did_you_mean, flatten
+from common.errors import UserError
+from common.optim import make_optimizer
+from common.parallel import abstract_sharded, from_host, init_sharded, to_host
+from common.rngs import RngStreams
+from common.state import TrainState
+from common.step import make_train_step
+from slimsam import teacher as teacher_lib
+from slimsam import weights
+from slimsam.data import ImageExample, PromptedExample
+from slimsam.encoder import DTYPES, Compute
+from slimsam.evaluation import scalars
+from slimsam.importance import needs_gradients
+from slimsam.init import init_params
+from slimsam.keep import kept_units
+from slimsam.model import RULES, Sam
+from slimsam.parts import Part, best_params, fit
+from slimsam.plateau import HalveOnPlateau, scale_by_factor
+from slimsam.prune import prune
+from slimsam.report import PRUNED, part_report, write_page
+from slimsam.run import First, Measure, Model, Run, alone
+from slimsam.settings import DecoderSettings, SamSettings, uniform
+from slimsam.stages import Roles, Stage, make_steps, stage_of
+
+log = logging.getLogger(__name__)
+PyTree = Any
+MODEL = "model"  # a finished training's, in its folder
+EXPORTS = {
+  "native": (MODEL, weights.save_model),
+  "hf": ("model_hf", weights.save_hf),
+  "pth": ("model.pth", weights.save_pth),
+}
+_LEAST = {
+  "teacher.num_steps": 1, "teacher.rows": 1, "teacher.prompts": 1,
+  "teacher.every": 1, "data.rows": 1, "data.images": 0, "data.workers": 0,
+  "data.threads": 0, "data.prefetch": 0, "importance.images": 1,
+  "importance.rows": 1, "importance.sigma": 0, "prune.min_keep": 1,
+  "distill.epochs": 1, "distill.patience": 0, "distill.accum": 1,
+  "evaluation.images": 0, "evaluation.every": 1, "log.every": 1,
+  "checkpoint.every": 1, "checkpoint.keep": 1, "profile.start": 0,
+  "profile.count": 0,
+}  # fmt: skip
+
+
+def check(config: Any) -> list[Stage]:
+  """The stages of a configuration; refuses what can be before data is read.
+
+  Raises:
+    UserError: names the key.
+  """
+  flat = flatten(config)
+  for key, least in _LEAST.items():
+    if flat[key] < least:
+      raise UserError(f"{key}={flat[key]} must be at least {least}")
+  needs_gradients(config.importance.kind)
+  for key in ("distill.dtype", "distill.teacher_dtype"):
+    if flat[key] not in DTYPES:
+      raise UserError(f"{key}={flat[key]!r}{did_you_mean(flat[key], DTYPES)}")
+  for form in config.export:
+    if form not in EXPORTS:
+      raise UserError(f"export: {form!r}{did_you_mean(form, EXPORTS)}")
+  cfg = config.distill
+  if not cfg.stages:
+    raise UserError("distill.stages is empty: name step_1, step_2 or one_step")
+  return [
+    stage_of(name, cfg.preset, intermediate=cfg.intermediate)
+    for name in cfg.stages
+  ]
+
+
+def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
+  """Runs all of it, or on from where the folder left off.
+
+  Args:
+    config: see `configs/slimsam.py`.
+    workdir: the run's folder. Each training has one below it, which holds what
+      any run's folder holds; `report.md` here tells of all of them.
+
+  Returns:
+    The slimmed model.
+  """
+  stages = check(config)
+  run = Run(config, pathlib.Path(workdir))
+  model = original = original_model(run)
+  for stage in stages:
+    model = slimmed(run, stage, model, original)
+  if jax.process_index() == 0:
+    for form in config.export:
+      name, save = EXPORTS[form]
+      save(run.folder / name, model.params, model.settings)
+    names = [stage.name for stage in stages]
+    page = write_page(run, original, names)
+    log.info("report: %s", page)
+  return model
+
+
+def original_model(run: Run) -> Model:
+  """The teacher: from its file, or trained."""
+  cfg = run.config.teacher
+  if cfg.path:
+    return Model.load(cfg.path)
+  folder = run.folder / "teacher"
+  if not (folder / MODEL / "settings.json").exists():
+    settings = teacher_settings(cfg)
+    part = _teacher_part(run, settings)
+    fit(run.config, folder, part)
+    _, params = best_params(folder, part.best)
+    _save(folder, params, settings)
+  return Model.load(folder / MODEL)
+
+
+def slimmed(run: Run, stage: Stage, model: Model, original: Model) -> Model:
+  """A smaller model: scored, pruned, trained.
+
+  Args:
+    run: data and devices.
+    stage: what is pruned and followed.
+    model: that is pruned; in step 2 the student of step 1.
+    original: what everything began with.
+  """
+  folder = run.folder / stage.name
+  if not (folder / MODEL / "settings.json").exists():
+    cfg, measure = run.config.prune, run.measure(original)
+    params, settings = prune(
+      model.params,
+      model.settings,
+      kept_units(run, stage, model),
+      rel_pos=cfg.rel_pos,
+      fold_scale=cfg.fold_scale,
+    )
+    pruned = Model(jax.tree.map(np.asarray, params), settings)
+    if not (folder / PRUNED).exists() and jax.process_index() == 0:
+      files.write_json(folder / PRUNED, measure(pruned.encoder, settings))
+    part = _stage_part(run, stage, pruned, model, original, measure)
+    fit(run.config, folder, part)
+    _, encoder = best_params(folder, part.best)
+    _save(folder, original.with_encoder(encoder), settings)
+  return Model.load(folder / MODEL)
+
+
+def _save(folder: pathlib.Path, params: PyTree, settings: SamSettings) -> None:
+  if jax.process_index() == 0:
+    weights.save_model(folder / MODEL, params, settings)
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(f"saved {folder.name}")
+
+
+def teacher_settings(cfg: Any) -> SamSettings:
+  """The sizes of a teacher that is to be trained."""
+  return uniform(
+    width=cfg.width,
+    depth=cfg.depth,
+    heads=cfg.heads,
+    mlp_width=cfg.mlp_width,
+    global_blocks=cfg.global_blocks,
+    image_size=cfg.image_size,
+    patch=cfg.patch,
+    window=cfg.window,
+    out=cfg.out,
+    decoder=DecoderSettings(
+      heads=cfg.decoder_heads,
+      mlp_width=cfg.decoder_mlp_width,
+      iou_width=cfg.out,
+    ),
+  )
+
+
+def _teacher_part(run: Run, settings: SamSettings) -> Part:
+  cfg, encoder, sam = run.config.teacher, settings.encoder, Sam(settings)
+  frozen = {"frozen": (r"prompt_encoder/gaussian$",)}
+  tx, rate = make_optimizer(cfg.optim.to_dict() | frozen, cfg.num_steps)
+  judge = run.evaluator()
+
+  def init(key: jax.Array) -> TrainState:
+    return TrainState.create(init_params(settings, key), tx)
+
+  def evaluate(params: PyTree) -> Mapping[str, float]:
+    params = to_host(params)
+    with alone():
+      return scalars(judge(params, sam))
+
+  example = PromptedExample(encoder.image_size, encoder.grid, cfg.prompts)
+  key = jax.random.key(run.config.seed)
+  return Part(
+    name="teacher",
+    num_steps=cfg.num_steps,
+    every=cfg.every,
+    best=run.config.evaluation.best,
+    mesh=run.mesh,
+    rows=cfg.rows,
+    create=lambda: init_sharded(init, run.mesh, RULES, key),
+    abstract=abstract_sharded(init, run.mesh, RULES, key),
+    steps=make_train_step(
+      teacher_lib.make_loss_fn(sam), tx, RngStreams(run.config.seed)
+    ),
+    loader=run.loader(run.train, example, cfg.rows),
+    evaluate=evaluate,
+    learning_rate=rate,
+    facts=run.facts,
+    report=part_report("teacher", ()),
+  )
+
+
+def _stage_part(
+  run: Run,
+  stage: Stage,
+  pruned: Model,
+  first: Model,
+  original: Model,
+  measure: Measure,
+) -> Part:
+  cfg, settings = run.config.distill, pruned.settings
+  source = First(run.train, run.config.data.images)
+  rows, evaluation = run.config.data.rows, run.config.evaluation
+  per_epoch = max(len(source) // rows, 1)
+  num_steps = cfg.epochs * per_epoch
+  tx, rate = make_optimizer(cfg.optim.to_dict(), num_steps)
+  tx = optax.chain(tx, scale_by_factor())
+
+  def init(key: jax.Array) -> TrainState:
+    del key
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape), pruned.encoder)
+    return TrainState.create(zeros, tx)
+
+  def create() -> TrainState:
+    state = init_sharded(init, run.mesh, RULES, key)
+    params = from_host(pruned.encoder, state.params)
+    return dataclasses.replace(state, params=params)
+
+  def plateau(hook: Any) -> dict[str, Any]:
+    def value(step: int) -> float | None:
+      del step
+      return hook.latest.get(evaluation.best)
+
+    every = evaluation.every * per_epoch
+    return {"plateau": HalveOnPlateau(every, value, patience=cfg.patience)}
+
+  key = jax.random.key(run.config.seed)
+  make_step = functools.partial(
+    make_train_step, tx=tx, streams=RngStreams(run.config.seed), accum=cfg.accum
+  )
+  return Part(
+    name=stage.name,
+    num_steps=num_steps,
+    every=evaluation.every * per_epoch,
+    best=evaluation.best,
+    mesh=run.mesh,
+    rows=rows,
+    create=create,
+    abstract=abstract_sharded(init, run.mesh, RULES, key),
+    steps=make_steps(
+      stage,
+      make_step,
+      _roles(run, stage, pruned, first, original),
+      _given(run, stage, first, original),
+      steps_per_epoch=per_epoch,
+    ),
+    loader=run.loader(source, ImageExample(settings.encoder.image_size), rows),
+    evaluate=lambda params: measure(to_host(params), settings),
+    learning_rate=rate,
+    facts=run.facts,
+    report=part_report(stage.name, stage.terms),
+    more=plateau,
+  )
+
+
+def _roles(
+  run: Run, stage: Stage, pruned: Model, first: Model, original: Model
+) -> Roles:
+  cfg = run.config.distill
+  return Roles(
+    pruned.settings.encoder,
+    original.settings.encoder,
+    first.settings.encoder if stage.name == "step_2" else None,
+    Compute(DTYPES[cfg.dtype], cfg.remat),
+    Compute(DTYPES[cfg.teacher_dtype]),
+  )
+
+
+def _given(
+  run: Run, stage: Stage, first: Model, original: Model
+) -> dict[str, PyTree]:
+  """The teachers' parameters, in the dtype that they compute in."""
+  dtype = DTYPES[run.config.distill.teacher_dtype]
+  teachers = {"original": original}
+  if stage.name == "step_2":
+    teachers["first"] = first
+  return {
+    name: run.placed(jax.tree.map(lambda a: a.astype(dtype), own.encoder))
+    for name, own in teachers.items()
+  }
