@@ -66,7 +66,7 @@ def _select(run: Run, stage: Stage, model: Model) -> dict[str, Any]:
 
 
 def _scores(
-  run: Run, stage: Stage, model: Model, groups: Any
+  run: Run, stage: Stage, model: Model, groups: Groups
 ) -> dict[str, Any]:
   cfg, kind = run.config.importance, run.config.importance.kind
   sums = None

@@ -1,0 +1,196 @@
+"""Runs: what they leave, how they go on, other devices, what they refuse."""
+
+import json
+import pathlib
+import shutil
+
+import chex
+import numpy as np
+import pytest
+
+from common.checkpoint import load_params
+from common.errors import UserError
+from configs.slimsam import get_config
+from slimsam import parts, weights
+from slimsam.encoder import encode
+from slimsam.preprocess import preprocess
+from slimsam.sources import make_source
+from slimsam.train import check, train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("compile_once")
+CLOCK = ("time", "seconds", "speed/")
+
+
+def tiny():
+  """On all eight devices."""
+  config = get_config("smoke")
+  config.compile_cache = ""
+  config.teacher.update({"num_steps": 4, "every": 2, "rows": 8})
+  config.data.source.update({"length": 16})
+  config.data.source.valid.length = 3
+  config.importance.update({"images": 8, "rows": 8})
+  config.evaluation.update({"images": 3, "prompts": ("point", "box")})
+  config.evaluation.choices = ("single",)
+  config.distill.epochs = 2  # of two updates
+  config.checkpoint.update({"every": 1, "keep": 9})
+  config.log.every = 1
+  return config
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("straight")
+  train_and_evaluate(tiny(), workdir)
+  return workdir
+
+
+def metrics(folder):
+  """Every line but what the clock wrote, by step."""
+  lines = {}
+  for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().split("\n"):
+    if line:
+      values = json.loads(line)
+      kept = {k: v for k, v in values.items() if not k.startswith(CLOCK)}
+      lines.setdefault(kept.pop("step"), {}).update(kept)
+  return lines
+
+
+class Stopped(BaseException):
+  """Ends a run between two steps, past everything that handles errors."""
+
+
+def stop_after(monkeypatch, step, steps):
+  """Stops the training that has so many steps after one of them."""
+  real = parts.train
+
+  def stop(info):
+    raise Stopped
+
+  stop.every = {step}.__contains__
+
+  def train(*args, hooks, num_steps, **kwargs):
+    chosen = [*hooks, stop] if num_steps == steps else hooks
+    return real(*args, hooks=chosen, num_steps=num_steps, **kwargs)
+
+  monkeypatch.setattr(parts, "train", train)
+
+
+def test_a_run_leaves_models_and_reports(straight):
+  """Each training by itself, and the whole."""
+  page = (straight / "report.md").read_text()
+  rows = [line.split("|")[1].strip() for line in page.splitlines()
+          if line.startswith("|")]  # fmt: skip
+  assert rows[2:] == [
+    "original", "step_1, pruned", "step_1, trained", "step_2, pruned",
+    "step_2, trained",
+  ]  # fmt: skip
+  for name in ("teacher", "step_1", "step_2"):
+    assert (straight / name / "report.md").exists()
+    assert (straight / name / "model" / "params.npz").exists()
+    assert f"({name}/report.md)" in page
+  params, settings = weights.load_model(straight / "model")
+  cfg = settings.encoder
+  assert (cfg.width, set(cfg.qkv_widths), set(cfg.mlp_widths)) == (8, {8}, {16})
+  hf, found = weights.load_model(straight / "model_hf")
+  assert found.encoder == cfg
+  chex.assert_trees_all_equal(hf, params)
+
+
+def test_only_the_image_encoder_is_slimmed(straight):
+  teacher, _ = weights.load_model(straight / "teacher" / "model")
+  for name in ("step_1", "step_2"):
+    params, _ = weights.load_model(straight / name / "model")
+    for part in ("prompt_encoder", "mask_decoder"):
+      chex.assert_trees_all_equal(params[part], teacher[part])
+
+
+def test_what_was_measured_is_so(straight):
+  """The embedding's error on held-out images, written out."""
+  teacher, settings = weights.load_model(straight / "teacher" / "model")
+  _, encoder = load_params(straight / "step_2" / "checkpoints", step=4)
+  _, small = weights.load_model(straight / "step_2" / "model")
+  config = tiny()
+  errors = []
+  for sample in make_source(config.data.source, "valid"):
+    image = preprocess(sample.image, 32)[None]
+    a = encode(encoder, image, small.encoder)
+    b = encode(teacher["image_encoder"], image, settings.encoder)
+    errors.append(np.mean(np.square(a - b)))
+  found = metrics(straight / "step_2")[4]["valid/mse"]
+  np.testing.assert_allclose(found, np.mean(errors[:3]), rtol=1e-4)
+
+
+def test_the_best_checkpoint_becomes_the_model(straight):
+  for name in ("teacher", "step_1", "step_2"):
+    lines = metrics(straight / name)
+    key = "miou/gt/point/single"
+    best = max(
+      (step for step in lines if key in lines[step]),
+      key=lambda step: (lines[step][key], -step),
+    )
+    _, params = load_params(straight / name / "checkpoints", step=best)
+    model, _ = weights.load_model(straight / name / "model")
+    if name != "teacher":
+      model = model["image_encoder"]
+    chex.assert_trees_all_equal(model, params)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_stopped_in_step_2_and_started_again(
+  straight, tmp_path, step, monkeypatch
+):
+  """Bit for bit: state, plateau and metrics; what had finished is kept."""
+  for name in ("teacher", "step_1"):
+    shutil.copytree(straight / name, tmp_path / name)
+  (tmp_path / "config.json").write_text((straight / "config.json").read_text())
+  before = (tmp_path / "step_1" / "metrics.jsonl").stat().st_mtime_ns
+  with monkeypatch.context() as patch:
+    stop_after(patch, step, steps=4)
+    with pytest.raises(Stopped):
+      train_and_evaluate(tiny(), tmp_path)
+  assert not (tmp_path / "step_2" / "model").exists()
+  train_and_evaluate(tiny(), tmp_path)
+  for part in ("params", "state"):
+    ours, theirs = (
+      load_params(folder / "step_2" / "checkpoints", step=4, item=part)
+      for folder in (straight, tmp_path)
+    )
+    chex.assert_trees_all_equal(ours, theirs)
+  assert metrics(tmp_path / "step_2") == metrics(straight / "step_2")
+  after = (tmp_path / "step_1" / "metrics.jsonl").stat().st_mtime_ns
+  assert before == after
+  assert (tmp_path / "report.md").read_text() == (
+    straight / "report.md"
+  ).read_text()
+
+
+def test_another_configuration_is_refused(straight):
+  config = tiny()
+  config.prune.ratio = 0.25
+  with pytest.raises(UserError, match=r"prune\.ratio"):
+    train_and_evaluate(config, straight)
+
+
+MISTAKES = [
+  ({"importance.kind": "disturbd"}, "did you mean 'disturbed'"),
+  ({"distill.preset": "papr"}, "did you mean 'paper'"),
+  ({"distill.stages": ("step_3",)}, "stage 'step_3'"),
+  ({"distill.stages": ()}, "stages is empty"),
+  ({"distill.dtype": "float16"}, "distill.dtype='float16'"),
+  ({"export": ("onnx",)}, "export: 'onnx'"),
+  ({"distill.epochs": 0}, "distill.epochs=0 must be at least 1"),
+  ({"evaluation.every": 0}, "evaluation.every=0 must be at least 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES)
+def test_mistakes_are_answered_before_anything_is_read(changes, message):
+  config = tiny()
+  with config.unlocked():
+    for key, value in changes.items():
+      section, _, name = key.rpartition(".")
+      owner = config[section] if section else config
+      owner[name] = value
+  with pytest.raises(UserError, match=message) as error:
+    check(config)
+  assert "\n" not in str(error.value)
