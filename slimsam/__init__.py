@@ -8,6 +8,11 @@ _EXPORTS = {
   "Sam": "slimsam.model",
   "SamSettings": "slimsam.settings",
   "preset": "slimsam.settings",
+  "uniform": "slimsam.settings",
+  "init_params": "slimsam.init",
+  "encoder_groups": "slimsam.groups",
+  "prune_params": "slimsam.prune",
+  "prune_model": "slimsam.prune",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -1,7 +1,7 @@
 """Pruning as pure functions of a parameter tree.
 
     keep = {"embedding": [0, 2, …], "qkv/0": […], "mlp/0": […], …}
-    params, settings = prune(params, settings, keep)
+    params, settings = prune_model(params, settings, keep)
 
 A head that loses dimensions has another scale, e^-1/2. With `fold_scale` the
 queries and the relative positions make up for it, so that pruning is the same
@@ -34,7 +34,7 @@ Keep = Mapping[str, Sequence[int]]
 REL_POS = ("slice", "zero")
 
 
-def prune(
+def prune_model(
   params: PyTree,
   settings: SamSettings,
   keep: Keep,
@@ -121,7 +121,7 @@ def mask_params(params: PyTree, spec: Groups, keep: Keep) -> PyTree:
 def expand(
   params: PyTree, settings: SamSettings, keep: Keep
 ) -> tuple[PyTree, SamSettings]:
-  """The reverse of `prune` with folded scales: zeros where units were.
+  """The reverse of `prune_model` with folded scales: zeros where units were.
 
   Args:
     params: of the pruned model.

@@ -32,7 +32,7 @@ from slimsam.keep import kept_units
 from slimsam.model import RULES, Sam
 from slimsam.parts import Part, best_params, fit
 from slimsam.plateau import HalveOnPlateau, scale_by_factor
-from slimsam.prune import prune
+from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
 from slimsam.run import First, Measure, Model, Run, alone
 from slimsam.settings import DecoderSettings, SamSettings, uniform
@@ -137,7 +137,7 @@ def slimmed(run: Run, stage: Stage, model: Model, original: Model) -> Model:
   folder = run.folder / stage.name
   if not (folder / MODEL / "settings.json").exists():
     cfg, measure = run.config.prune, run.measure(original)
-    params, settings = prune(
+    params, settings = prune_model(
       model.params,
       model.settings,
       kept_units(run, stage, model),

@@ -16,17 +16,17 @@ from slimsam.distill import (
   terms_of,
 )
 from slimsam.encoder import PLAIN, block, embedded, encode
-from slimsam.prune import prune
+from slimsam.prune import prune_model
 
 
 @pytest.fixture(scope="module")
 def models(tiny, draw):
   """A teacher, and students after each step."""
   params = draw(tiny)
-  first, one = prune(params, tiny, {"embedding": range(0, 24, 2)})
+  first, one = prune_model(params, tiny, {"embedding": range(0, 24, 2)})
   keep = {f"qkv/{i}": range(6) for i in range(3)}
   keep |= {f"mlp/{i}": range(i, 20 + i) for i in range(3)}
-  second, two = prune(first, one, keep)
+  second, two = prune_model(first, one, keep)
   return [
     Model(p["image_encoder"], s.encoder, PLAIN)
     for p, s in ((params, tiny), (first, one), (second, two))

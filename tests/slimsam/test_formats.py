@@ -23,7 +23,7 @@ from slimsam.formats import (
   to_sam,
 )
 from slimsam.init import abstract_params
-from slimsam.prune import prune
+from slimsam.prune import prune_model
 from slimsam.settings import (
   PRESETS,
   DecoderSettings,
@@ -170,7 +170,7 @@ def pruned(params, widths=((4, 6, 8, 12), (20, 13, 40, 2))):
   """Blocks of different widths, no embedding pruned."""
   keep = {f"qkv/{i}": range(n) for i, n in enumerate(widths[0])}
   keep |= {f"mlp/{i}": range(n) for i, n in enumerate(widths[1])}
-  return prune(params, UNIFORM, keep)
+  return prune_model(params, UNIFORM, keep)
 
 
 def test_padding_keeps_the_function(params, images_of):
@@ -197,7 +197,7 @@ def test_what_a_form_cannot_hold_is_refused_by_name(params):
     UserError, match=r"block 0 has qkv width 8, and it takes 24; pad it"
   ):
     to_sam(small, settings)
-  first, one = prune(params, UNIFORM, {"embedding": range(16)})
+  first, one = prune_model(params, UNIFORM, {"embedding": range(16)})
   for save in (to_sam, to_hf):
     with pytest.raises(UserError, match=r"block 0 has qkv width 24.*our own"):
       save(first, one)

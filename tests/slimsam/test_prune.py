@@ -19,7 +19,7 @@ from slimsam.groups import (
   of_kind,
 )
 from slimsam.init import abstract_params
-from slimsam.prune import expand, mask_params, prune, prune_params
+from slimsam.prune import expand, mask_params, prune_model, prune_params
 from slimsam.select import kept_width
 from slimsam.settings import preset
 from slimsam.torch_names import leaf
@@ -45,7 +45,7 @@ def test_pruned_is_masked(tiny, draw, images_of, kinds):
   keep = {k: v for k, v in KEEP.items() if k.partition("/")[0] in kinds}
   with X64(True):
     params, images = draw(tiny, dtype=np.float64), images_of(tiny)
-    small, settings = prune(params, tiny, keep)
+    small, settings = prune_model(params, tiny, keep)
     masked = mask_params(params, encoder_groups(tiny), keep)
     expected = embedding(masked, images, tiny)
     found = embedding(small, images, settings)
@@ -60,7 +60,7 @@ def test_the_authors_ways_change_the_function(tiny, draw, images_of, change):
   with X64(True):
     params, images = draw(tiny, dtype=np.float64), images_of(tiny)
     masked = mask_params(params, encoder_groups(tiny), keep)
-    small, settings = prune(params, tiny, keep, **change)
+    small, settings = prune_model(params, tiny, keep, **change)
     expected = embedding(masked, images, tiny)
     found = embedding(small, images, settings)
   assert np.abs(np.asarray(found - expected)).max() > 0.01
@@ -94,7 +94,7 @@ def test_an_embedding_channel_is_gone_for_the_norms_too(
   plain = encoder.norm
   with X64(True), jax.numpy_rank_promotion("allow"):
     params, images = draw(tiny, dtype=np.float64), images_of(tiny)
-    small, settings = prune(params, tiny, keep)
+    small, settings = prune_model(params, tiny, keep)
     found = embedding(small, images, settings)
     masked = mask_params(params, encoder_groups(tiny), keep)
     zeroed = embedding(masked, images, tiny)
@@ -108,9 +108,9 @@ def test_two_rounds_are_their_union(tiny, draw):
   params = draw(tiny)
   first = {"embedding": [0, 1, 5, 6, 9, 10, 20, 23], "qkv/1": [0, 2, 4, 6]}
   second = {"embedding": [1, 2, 7], "qkv/1": [1, 3], "mlp/0": [5]}
-  step, settings = prune(params, tiny, first)
-  twice, twice_settings = prune(step, settings, second)
-  once, once_settings = prune(
+  step, settings = prune_model(params, tiny, first)
+  twice, twice_settings = prune_model(step, settings, second)
+  once, once_settings = prune_model(
     params, tiny, {"embedding": [1, 5, 23], "qkv/1": [2, 6], "mlp/0": [5]}
   )
   assert once_settings == twice_settings
@@ -119,7 +119,7 @@ def test_two_rounds_are_their_union(tiny, draw):
 
 def test_expanding_brings_the_zeros_back(tiny, draw):
   params = draw(tiny)
-  small, _ = prune(params, tiny, KEEP)
+  small, _ = prune_model(params, tiny, KEEP)
   large, settings = expand(small, tiny, KEEP)
   assert settings == tiny
   chex.assert_trees_all_close(
@@ -131,7 +131,7 @@ def test_what_is_given_stays_as_it_was(tiny, draw):
   """No array is shared: a state made of the new tree may be donated."""
   params = jax.tree.map(jnp.asarray, draw(tiny))
   before = jax.tree.map(np.array, params)
-  small, _ = prune(params, tiny, KEEP)
+  small, _ = prune_model(params, tiny, KEEP)
   ours = {id(array) for array in jax.tree.leaves(params)}
   assert not ours & {id(array) for array in jax.tree.leaves(small)}
   pointers = {a.unsafe_buffer_pointer() for a in jax.tree.leaves(params)}
@@ -170,9 +170,9 @@ def test_published_counts_follow_from_the_rule(
   made = []
 
   def run(params):
-    params, one = prune(params, settings, first)
+    params, one = prune_model(params, settings, first)
     made.append(params)
-    params, two = prune(params, one, second)
+    params, two = prune_model(params, one, second)
     made.append(two)
     return params
 
@@ -217,7 +217,7 @@ BAD = [
 @pytest.mark.parametrize(("keep", "message"), BAD)
 def test_units_that_are_not_there_are_refused(tiny, draw, keep, message):
   with pytest.raises(UserError, match=message):
-    prune(draw(tiny), tiny, keep)
+    prune_model(draw(tiny), tiny, keep)
 
 
 def test_tables_that_do_not_fit_are_refused(tiny, draw):
@@ -236,5 +236,5 @@ def test_tables_that_do_not_fit_are_refused(tiny, draw):
 
 def test_an_unknown_treatment_of_positions_is_refused(tiny, draw):
   with pytest.raises(UserError, match="rel_pos='drop'"):
-    prune(draw(tiny), tiny, KEEP, rel_pos="drop")
+    prune_model(draw(tiny), tiny, KEEP, rel_pos="drop")
   assert leaf(draw(tiny), ("image_encoder", "pos_embed")).shape[-1] == 24

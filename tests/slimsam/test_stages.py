@@ -15,7 +15,7 @@ from common.state import TrainState
 from common.step import make_train_step
 from slimsam.distill import Model, bottleneck_error, follow, loss_weights
 from slimsam.encoder import PLAIN, encode
-from slimsam.prune import prune
+from slimsam.prune import prune_model
 from slimsam.stages import Roles, make_loss, make_steps, stage_of
 
 
@@ -23,10 +23,10 @@ from slimsam.stages import Roles, make_loss, make_steps, stage_of
 def trees(tiny, draw):
   """Original, the student of step 1, a pruned one that has moved on."""
   params = draw(tiny)
-  first, one = prune(params, tiny, {"embedding": range(0, 24, 2)})
+  first, one = prune_model(params, tiny, {"embedding": range(0, 24, 2)})
   moved = jax.tree.map(lambda leaf: leaf * 1.02, first)
   keep = {f"qkv/{i}": range(6) for i in range(3)}
-  second, two = prune(moved, one, keep)
+  second, two = prune_model(moved, one, keep)
   return {
     name: (p["image_encoder"], s.encoder)
     for name, p, s in (("original", params, tiny), ("first", first, one),
