@@ -95,7 +95,7 @@ def embedded(
 ) -> Array:
   """Patches and their places, [b g g d]."""
   patches = einops.rearrange(
-    images.astype(compute.dtype), "b (y p) (x q) c -> b y x (p q c)",
+    jnp.asarray(images, compute.dtype), "b (y p) (x q) c -> b y x (p q c)",
     p=settings.patch, q=settings.patch,
   )  # fmt: skip
   own = computed(params["patch_embed"], compute.dtype)
@@ -152,6 +152,6 @@ def computed(params: Params, dtype: Any) -> Any:
 
   def cast(path: Any, leaf: Array) -> Array:
     kept = any("norm" in str(part) for part in path)
-    return leaf if kept else leaf.astype(dtype)
+    return leaf if kept else jnp.asarray(leaf, dtype)
 
   return jax.tree_util.tree_map_with_path(cast, dict(params))
