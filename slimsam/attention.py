@@ -85,7 +85,7 @@ def _globally(qkv: Array, tables: tuple[Array, Array], how: How) -> Array:
   if chunks == 1:
     out = _attended(q, k, v, tables, how.fold)
   else:
-    rows = jnp.moveaxis(q.reshape(len(q), chunks, -1, *q.shape[2:]), 1, 0)
+    rows = jnp.moveaxis(q.reshape(q.shape[0], chunks, -1, *q.shape[2:]), 1, 0)
     first = jnp.arange(chunks) * (grid // chunks)
 
     # Without it the backward pass would keep all logits after all.
@@ -136,23 +136,23 @@ def _attended(
   by_row = jnp.einsum("nyxe,yke->nyxk", q, rows.astype(q.dtype))
   by_column = jnp.einsum("nyxe,xke->nyxk", q, columns.astype(q.dtype))
   scaled = q * q.shape[-1] ** -0.5
-  k, v = (a.reshape(len(a), side * side, -1) for a in (k, v))
+  k, v = (a.reshape(a.shape[0], side * side, -1) for a in (k, v))
   wide = functools.partial(
     jnp.einsum, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)
   )
   if fold:
     query = jnp.concatenate([scaled, by_row, by_column], axis=-1)
     ones = jnp.asarray(_places(side), k.dtype)
-    ones = jnp.broadcast_to(ones, (len(k), *ones.shape))
+    ones = jnp.broadcast_to(ones, (k.shape[0], *ones.shape))
     key = jnp.concatenate([k, ones], axis=-1)
-    query = query.reshape(len(q), -1, query.shape[-1])
+    query = query.reshape(q.shape[0], -1, query.shape[-1])
     logits = wide("nqe,nke->nqk", query, key)
   else:
     logits = wide(
       "nyxe,nke->nyxk", scaled, k
     ).reshape(*q.shape[:3], side, side)  # fmt: skip
     logits = logits + by_row[..., :, None] + by_column[..., None, :]
-    logits = logits.reshape(len(q), -1, side * side)
+    logits = logits.reshape(q.shape[0], -1, side * side)
   weights = jax.nn.softmax(logits).astype(v.dtype)
   return jnp.einsum("nqk,nke->nqe", weights, v)
 

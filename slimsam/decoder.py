@@ -124,24 +124,18 @@ def _attention(params: Params, query: Array, key: Array, value: Array) -> Array:
 
   q, k, v = heads("q", query), heads("k", key), heads("v", value)
   q = q * q.shape[-1] ** -0.5
-  prompts = max(q.shape[1], k.shape[1])
+  # A side that prompts have not changed serves all of them.
+  asking, seen = "bphte", "bphke"
+  if q.shape[1] == 1 and k.shape[1] != 1:
+    asking, q = "bhte", q[:, 0]
+  elif k.shape[1] == 1 and q.shape[1] != 1:
+    seen, k, v = "bhke", k[:, 0], v[:, 0]
   wide = jnp.promote_types(q.dtype, jnp.float32)
-  if k.shape[1] != prompts:  # keys of the image, for all prompts
-    logits = jnp.einsum(
-      "bphte,bhke->bphtk", q, k[:, 0], preferred_element_type=wide
-    )
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    mixed = jnp.einsum("bphtk,bhke->bphte", weights, v[:, 0])
-  elif q.shape[1] != prompts:  # queries of the image
-    logits = jnp.einsum(
-      "bhte,bphke->bphtk", q[:, 0], k, preferred_element_type=wide
-    )
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    mixed = jnp.einsum("bphtk,bphke->bphte", weights, v)
-  else:
-    logits = jnp.einsum("bphte,bphke->bphtk", q, k, preferred_element_type=wide)
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    mixed = jnp.einsum("bphtk,bphke->bphte", weights, v)
+  logits = jnp.einsum(
+    f"{asking},{seen}->bphtk", q, k, preferred_element_type=wide
+  )
+  weights = jax.nn.softmax(logits).astype(v.dtype)
+  mixed = jnp.einsum(f"bphtk,{seen}->bphte", weights, v)
   out = params["out"]
   return plus(jnp.einsum("bphte,hec->bptc", mixed, out["kernel"]), out["bias"])
 

@@ -51,7 +51,7 @@ def encode_prompts(
       labels = jnp.pad(
         labels, ((0, 0), (0, 0), (0, 1)), constant_values=NO_POINT
       )
-    found.append(_points(params, settings, points, labels))
+    found.append(encode_labelled(params, settings, points, labels))
   if boxes is not None:
     corners = einops.rearrange(boxes, "b p (corner xy) -> b p corner xy", xy=2)
     made = _fourier(params, _unit(corners, settings))
@@ -61,14 +61,24 @@ def encode_prompts(
   return jnp.concatenate(found, axis=2)
 
 
-def _points(
+def encode_labelled(
   params: Params, settings: SamSettings, points: Array, labels: Array
 ) -> Array:
+  """Tokens of points and of corners of boxes, and nothing is added.
+
+  Args:
+    params: the prompt encoder's.
+    settings: the model's.
+    points: float [b p n 2].
+    labels: int [b p n]: as for `encode_prompts`, and 2 and 3 for the top left
+      and the bottom right corner of a box.
+
+  Returns:
+    float32 [b p n c].
+  """
   places = _fourier(params, _unit(points, settings))
-  kinds = jnp.concatenate(
-    [params["points"][:2], params["not_a_point"][None]], axis=0
-  )
-  index = jnp.where(labels == NO_POINT, 2, jnp.clip(labels, 0, 1))
+  kinds = jnp.concatenate([params["points"], params["not_a_point"][None]])
+  index = jnp.where(labels == NO_POINT, 4, jnp.clip(labels, 0, 3))
   kept = (labels != NO_POINT)[..., None]
   made = jnp.where(kept, places, 0.0) + kinds[index]
   return jnp.where((labels == IGNORED)[..., None], 0.0, made)

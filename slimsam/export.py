@@ -1,0 +1,175 @@
+"""`python -m slimsam.export MODEL DIR`: programs that need none of this code.
+
+    encoder.stablehlo    images [b size size 3] -> embeddings [b g g c]
+    decoder.stablehlo    embeddings [b g g c], points [b p n 2], labels [b p n],
+                         masks [b p 4g 4g], has_mask [b p]
+                         -> logits [b p m 4g 4g], predicted IoU [b p m]
+
+Both hold the weights, run on every platform that was asked for, and are called
+with `jax.export.deserialize(data).call(…)`; b, p and n are free. Boxes are two
+points with labels 2 and 3; where there is none, one point with label -1 is to
+be added, as for segment-anything's own ONNX decoder. All masks come, first
+that of prompts which are not ambiguous.
+"""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from common import app
+from common.config import did_you_mean
+from common.errors import UserError
+from common.flags import Parser
+
+EXAMPLE = "python -m slimsam.export models/vit_b exported"
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+PyTree = Any
+
+
+def make_parser() -> Parser:
+  """The flags."""
+  parser = Parser(
+    "slimsam.export",
+    description="Writes a model as StableHLO: one program for images, one for "
+    "prompts.",
+    example=EXAMPLE,
+  )
+  add = parser.add_argument
+  add("model", help="a .pth, or a model's folder")
+  add("output", help="a new or empty folder")
+  add("--platforms", default="cpu,cuda,tpu", help="(cpu,cuda,tpu)")
+  add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
+  return parser
+
+
+def main() -> None:
+  """Exports a model."""
+  parser = make_parser()
+  args = parser.parse_args()
+  platforms = args.platforms.split(",")
+  for name in platforms:
+    if name not in PLATFORMS:
+      raise UserError(f"--platforms: {name!r}{did_you_mean(name, PLATFORMS)}")
+  output = pathlib.Path(args.output).expanduser()
+  if output.is_file() or (output.is_dir() and any(output.iterdir())):
+    raise UserError(f"{args.output} is there already: name a new one")
+
+  from slimsam.encoder import DTYPES
+  from slimsam.weights import load_model
+
+  if args.dtype not in DTYPES:
+    parser.error(f"--dtype={args.dtype} must be one of {', '.join(DTYPES)}")
+  params, settings = load_model(args.model)
+  made = export(params, settings, platforms=platforms, dtype=args.dtype)
+  output.mkdir(parents=True, exist_ok=True)
+  for name, program in made.items():
+    data = program.serialize()
+    (output / f"{name}.stablehlo").write_bytes(data)
+    print(f"{output / name}.stablehlo: {len(data) / 2**20:.1f} MiB")
+
+
+def export(
+  params: PyTree,
+  settings: Any,
+  *,
+  platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+  dtype: str = "float32",
+) -> dict[str, Any]:
+  """The two programs, as `jax.export.Exported`.
+
+  Args:
+    params: the model's.
+    settings: its sizes.
+    platforms: where they shall run.
+    dtype: of the computation.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from slimsam.encoder import DTYPES, Compute, encode
+
+  cfg, compute = settings.encoder, Compute(DTYPES[dtype])
+  size, grid = cfg.image_size, cfg.grid
+
+  def encoder(images: jax.Array) -> jax.Array:
+    out = encode(params["image_encoder"], images, cfg, compute)
+    return out.astype(jnp.float32)
+
+  scope = jax.export.SymbolicScope()
+
+  def spec(shape: str, kind: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    sizes = jax.export.symbolic_shape(shape, scope=scope)
+    return jax.ShapeDtypeStruct(sizes, kind)
+
+  side = 4 * grid
+  arguments = {
+    "encoder": (spec(f"b, {size}, {size}, 3"),),
+    "decoder": (
+      spec(f"b, {grid}, {grid}, {cfg.out}"),
+      spec("b, p, n, 2"),
+      spec("b, p, n", jnp.int32),
+      spec(f"b, p, {side}, {side}"),
+      spec("b, p", jnp.float32),
+    ),
+  }
+  programs = {
+    "encoder": encoder,
+    "decoder": functools.partial(answer, params, settings, DTYPES[dtype]),
+  }
+  return {
+    name: jax.export.export(jax.jit(run), platforms=platforms)(*arguments[name])
+    for name, run in programs.items()
+  }
+
+
+def answer(
+  params: PyTree,
+  settings: Any,
+  dtype: Any,
+  embeddings: Any,
+  points: Any,
+  labels: Any,
+  masks: Any,
+  has_mask: Any,
+) -> tuple[Any, Any]:
+  """All masks of prompts, by the inputs of segment-anything's ONNX decoder.
+
+  Args:
+    params: the model's.
+    settings: its sizes.
+    dtype: of the computation.
+    embeddings: [b g g c].
+    points: [b p n 2], pixels of the padded image.
+    labels: [b p n]: 1, 0, -1 for no point, 2 and 3 for corners of a box.
+    masks: logits [b p 4g 4g], of prompts that have one.
+    has_mask: [b p], 1 or 0.
+
+  Returns:
+    Logits [b p m 4g 4g], and predicted IoU [b p m].
+  """
+  import jax.numpy as jnp
+
+  from slimsam import decoder, prompts
+
+  own = params["prompt_encoder"]
+  chosen = has_mask[:, :, None, None, None]
+  dense = jnp.where(
+    chosen > 0,
+    prompts.encode_masks(own, masks),
+    prompts.no_masks(own, settings),
+  )
+  return decoder.decode(
+    params["mask_decoder"],
+    settings,
+    embeddings,
+    prompts.grid_positions(own, settings),
+    prompts.encode_labelled(own, settings, points, labels),
+    dense,
+    multimask=None,
+    dtype=dtype,
+  )
+
+
+if __name__ == "__main__":
+  app.leave(app.call(main))
