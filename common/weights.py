@@ -113,16 +113,23 @@ def _by_torch(path: str) -> Callable[[str], Any]:
   return load
 
 
+def check_safetensors(what: str) -> None:
+  """Raises `UserError` in the name of `what` where safetensors is missing."""
+  try:
+    import safetensors.numpy  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"{what} needs safetensors: {_SAFETENSORS}") from error
+
+
 def write_safetensors(file: Any, weights: Weights) -> None:
   """Writes a file as transformers does.
 
   Raises:
     UserError: where safetensors is missing.
   """
-  try:
-    import safetensors.numpy
-  except ImportError as error:
-    raise UserError(f"{file} needs safetensors: {_SAFETENSORS}") from error
+  check_safetensors(str(file))
+  import safetensors.numpy
+
   arrays = {name: np.ascontiguousarray(w) for name, w in weights.items()}
   safetensors.numpy.save_file(arrays, file, metadata={"format": "pt"})
 

@@ -69,6 +69,7 @@ class Workdir:
     has_lines = metrics.exists() and metrics.stat().length > 0
     if self.checkpointer.steps or has_lines:
       self._check_resume(config, free, facts, pinned)
+      facts["started"] = self._saved_facts().get("started", facts["started"])
     if is_writer:
       config_lib.save_config(self.path, config)
       write_json(self.path / "facts.json", facts)
@@ -100,14 +101,18 @@ class Workdir:
     if self._lock is not None:
       self._lock.close()
 
-  def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):
+  def _saved_facts(self) -> dict[str, Any]:
+    """What the folder says of its run; {} where nothing does."""
     file = self.path / "facts.json"
     if not file.exists():
-      return
+      return {}
     try:
-      saved = json.loads(file.read_text())
+      return json.loads(file.read_text())
     except json.JSONDecodeError:  # never half-written by us: somebody's edit
       raise UserError(f"{file} is not JSON; delete it to go on") from None
+
+  def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):
+    saved = self._saved_facts()
     for name in pinned:
       if name in saved and saved[name] != facts[name]:
         raise UserError(

@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """Returns the configuration; `arg` names variants."""
   config = ConfigDict()
   config.seed = 0
-  config.num_steps = 1500
+  config.num_steps = 2200
   config.accum = 1  # micro-batches a step
   config.compile_cache = "~/.cache/tetrad/xla"  # "" switches it off
 

@@ -21,6 +21,7 @@ from common.parallel import abstract_sharded, from_host, init_sharded, to_host
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
+from common.weights import check_safetensors
 from slimsam import teacher as teacher_lib
 from slimsam import weights
 from slimsam.data import ImageExample, PromptedExample
@@ -75,6 +76,8 @@ def check(config: Any) -> list[Stage]:
   for form in config.export:
     if form not in EXPORTS:
       raise UserError(f"export: {form!r}{did_you_mean(form, EXPORTS)}")
+  if "hf" in config.export:
+    check_safetensors("export='hf'")
   cfg = config.distill
   if not cfg.stages:
     raise UserError("distill.stages is empty: name step_1, step_2 or one_step")

@@ -6,8 +6,9 @@ from common.report import Plot, ReportSpec, Table
 from thor.translations import PAGE
 
 INTRO = (
-  "A Transformer for translation: {what}. Losses are in nats per target token, "
-  "validation is without label smoothing."
+  "A Transformer for translation: {what}. Losses are in nats per target token. "
+  "The training loss is what is minimized, all passes and their disagreement "
+  "together; validation is the likelihood of one pass, without label smoothing."
 )
 KINDS = {
   "dense": "without experts",
@@ -56,7 +57,9 @@ def make_spec(config: Any, setup: Any) -> ReportSpec:
       )
     )
   plots += [
-    Plot("Test BLEU by language", (r"test/bleu/(.+)",), ylabel="BLEU"),
+    Plot(
+      "Test BLEU by language", (r"test/bleu/(.+)",), kind="bars", ylabel="BLEU"
+    ),
     Plot("Gradient norm", (r"train/grad_norm",), yscale="log"),
     Plot("Learning rate", (r"train/learning_rate",)),
     Plot(

@@ -1,6 +1,7 @@
 """Test sets, translated and scored while training and at its end."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from thor.pairs import Pair
 from thor.routing import Routing
 from thor.scores import Score, by_language
 from thor.translator import Translator
+
+log = logging.getLogger(__name__)
 
 PAGE = "translations.md"
 METRICS = ("bleu", "chrf", "exact_match")
@@ -113,9 +116,14 @@ class TestTranslations:
   def _splits_scored(self, params: Any) -> tuple[dict[str, float], list[str]]:
     made, page, samples = {}, [], []
     for split, pairs in self._splits.items():
+      log.info("translating %s: %s sentences", split, f"{len(pairs):,}")
       texts = self._translate(params, pairs, self._setup.dispatch)
       self._write(split, pairs, texts)
       ours, copied = _scores(pairs, texts), _scores(pairs, None)
+      log.info(
+        "%s: BLEU %.1f, chrF %.1f (copying the source: %.1f, %.1f)", split,
+        *(_mean(own, m) for own in (ours, copied) for m in METRICS[:2]),
+      )  # fmt: skip
       made |= _flat(split, ours) | _flat(f"copy_{split}", copied)
       page.append(_score_table(split, len(pairs), ours, copied))
       samples += _samples(pairs, texts) if not samples else []
@@ -133,6 +141,7 @@ class TestTranslations:
     made, rows = {}, []
     base = dispatch_flops(self._setup.settings, "fixed", 0).total
     for mode in cfg.modes:
+      log.info("translating %s by %s", split, mode)
       way = Dispatch.parse(mode, self._setup.routing)
       scores = _scores(pairs, self._translate(params, pairs, way))
       flops = dispatch_flops(self._setup.settings, way.name, way.number).total
@@ -283,14 +292,16 @@ def _score_table(split: str, count: int, ours: Any, copied: Any) -> str:
     row(
       language or "all",
       [own[m].value for m in METRICS]
-      + [copied[language][m].value for m in METRICS[:2]],
+      + [copied[language][m].value for m in METRICS],
     )
     for language, own in ours.items()
   ]
   if len(rows) > 1:
     means = [_mean(ours, m) for m in METRICS]
-    rows.append(row("mean", means + [_mean(copied, m) for m in METRICS[:2]]))
-  header = ("", "BLEU", "chrF", "exact", "copy: BLEU", "copy: chrF")
+    rows.append(row("mean", means + [_mean(copied, m) for m in METRICS]))
+  header = (
+    "", "BLEU", "chrF", "exact", "copy: BLEU", "copy: chrF", "copy: exact",
+  )  # fmt: skip
   kinds = sorted({str(own[m].signature) for own in ours.values()
                   for m in METRICS[:2]})  # fmt: skip
   signatures = ", ".join(f"`{kind}`" for kind in kinds)
