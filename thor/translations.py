@@ -104,11 +104,12 @@ class TestTranslations:
     `copy_SPLIT/…` is what copying the source gives; `mode/METRIC/MODE` are
     means over languages of the first test set.
     """
+    params = to_host(params)
     mesh = local_mesh()
     with jax.set_mesh(mesh):
-      params = jax.device_put(to_host(params), replicated(mesh))
-      made, page = self._splits_scored(params)
-      modes, rows = self._modes_scored(params)
+      params = jax.device_put(params, replicated(mesh))
+    made, page = self._splits_scored(params)
+    modes, rows = self._modes_scored(params)
     if jax.process_index() == 0:
       files.replace(self._folder / PAGE, "\n\n".join([*page, *rows]) + "\n")
     return made | modes
@@ -163,17 +164,19 @@ class TestTranslations:
   def _translate(
     self, params: Any, pairs: Sequence[Pair], dispatch: Dispatch
   ) -> list[str]:
-    prepared = prepare(
-      params,
-      self._setup.settings,
-      dispatch,
-      seed=self._config.evaluation.seed,
-      table=self._setup.table,
-    )
     index, count = jax.process_index(), jax.process_count()
-    mine = _translated(
-      self._config, prepared, self._corpus.vocabulary, pairs[index::count]
-    )
+    with jax.set_mesh(local_mesh()):
+      prepared = prepare(
+        params,
+        self._setup.settings,
+        dispatch,
+        seed=self._config.evaluation.seed,
+        table=self._setup.table,
+      )
+      mine = _translated(
+        self._config, prepared, self._corpus.vocabulary, pairs[index::count]
+      )
+    # All processes together, which no mesh of one of them allows.
     texts = [""] * len(pairs)
     for i, own in enumerate(gather_texts(mine)):
       texts[i::count] = own
