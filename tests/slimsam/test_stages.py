@@ -1,7 +1,5 @@
 """Stages: the loss of each epoch against its terms, programs, baselines."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -173,4 +171,4 @@ def test_unknown_names_are_refused():
   with pytest.raises(UserError, match="did you mean 'step_1'"):
     stage_of("step1", "fixed")
   with pytest.raises(UserError, match="did you mean 'paper'"):
-    functools.partial(stage_of, "one_step")("papr")
+    stage_of("one_step", "papr")
