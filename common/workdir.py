@@ -72,7 +72,7 @@ class Workdir:
       facts["started"] = self._saved_facts().get("started", facts["started"])
     if is_writer:
       config_lib.save_config(self.path, config)
-      write_json(self.path / "facts.json", facts)
+      files.write_json(self.path / "facts.json", dict(sorted(facts.items())))
     self.writer = MetricWriter(
       self.path, tensorboard=tensorboard, is_writer=is_writer
     )
@@ -181,11 +181,6 @@ def _lock(path: epath.Path) -> IO[bytes] | None:
     file.close()
     return None
   return file
-
-
-def write_json(path: epath.Path, content: Any) -> None:
-  """Writes JSON so that a reader sees the old file or the new one."""
-  files.replace(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _with_versions(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from common import files
 from common.checkpoint import checkpoint_steps, load_params
 from common.config import load_config
 from common.errors import UserError
@@ -91,7 +92,6 @@ def save_path(
   from etils import epath
 
   from common.config import save_config
-  from common.workdir import write_json
   from thor.weights import save_model
 
   save_model(folder, params, settings)
@@ -104,7 +104,7 @@ def save_path(
   path = epath.Path(folder)
   save_config(path, config)
   run.vocabulary.save(path / "vocabulary-path.model")
-  write_json(path / "facts.json", run.facts | {"step": run.step})
+  files.write_json(path / "facts.json", run.facts | {"step": run.step})
 
 
 def _is_model(folder: str | os.PathLike[str]) -> bool:

@@ -16,11 +16,16 @@ def make_state():
   return tx, TrainState.create({"w": jnp.ones(2)}, tx)
 
 
-def run(hook, values, state):
+def make_hook(patience, values):
+  """It measures these, one after the other."""
+  values = iter(values)
+  return HalveOnPlateau(1, lambda _: next(values), patience=patience)
+
+
+def run(hook, count, state):
   """The factor after each measurement."""
   factors = []
-  for step, value in enumerate(values, 1):
-    hook._measure = lambda _, value=value: value
+  for step in range(1, count + 1):
     info = StepInfo(step, state, {}, iter(()))
     state = hook(info) or state
     factors.append(float(state.opt_state[-1].factor))
@@ -41,28 +46,26 @@ CASES = [
 @pytest.mark.parametrize(("patience", "values", "factors"), CASES)
 def test_the_rate_is_halved_after_so_many(patience, values, factors):
   _, state = make_state()
-  hook = HalveOnPlateau(1, lambda _: None, patience=patience)
-  assert run(hook, values, state)[0] == factors
+  hook = make_hook(patience, values)
+  assert run(hook, len(values), state)[0] == factors
   assert hook.halved == round(-np.log2(factors[-1]))
 
 
 def test_a_resumed_run_counts_on():
   values = [1, 2, 1, 1, 3, 1, 1, 1]
   _, state = make_state()
-  straight = run(HalveOnPlateau(1, lambda _: None, patience=1), values, state)
+  straight = run(make_hook(1, values), len(values), state)
   for cut in range(len(values)):
-    first = HalveOnPlateau(1, lambda _: None, patience=1)
+    first, second = make_hook(1, values[:cut]), make_hook(1, values[cut:])
     _, state = make_state()
-    before, state = run(first, values[:cut], state)
-    second = HalveOnPlateau(1, lambda _: None, patience=1)
+    before, state = run(first, cut, state)
     second.set_state(first.get_state())
-    after, _ = run(second, values[cut:], state)
+    after, _ = run(second, len(values) - cut, state)
     assert before + after == straight[0]
 
 
 def test_updates_are_scaled():
   tx, state = make_state()
-  hook = HalveOnPlateau(1, lambda _: None, patience=0)
-  _, state = run(hook, [1, 1], state)
+  _, state = run(make_hook(0, [1, 1]), 2, state)
   updates, _ = jax.jit(tx.update)({"w": jnp.ones(2)}, state.opt_state)
   np.testing.assert_allclose(updates["w"], -0.25)
