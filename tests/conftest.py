@@ -22,6 +22,8 @@ import pytest
 from absl import flags
 from jax.experimental.compilation_cache import compilation_cache
 
+from common.errors import UserError
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -49,6 +51,22 @@ def compile_once(tmp_path_factory):
   for name, value in before.items():
     jax.config.update(name, value)
   compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def one_line():
+  """`(function, *arguments)`: calls it, and returns the one line in which it
+  refuses what it was given.
+  """
+
+  def call(function, *arguments, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+      function(*arguments, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+  return call
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from slimsam import rle
 from slimsam.coco import coco
 
@@ -47,14 +46,6 @@ def write(path, images, annotations):
   content = {"images": images, "annotations": annotations, "categories": []}
   (path / "instances.json").write_text(json.dumps(content))
   return str(path / "images"), str(path / "instances.json")
-
-
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize(
@@ -111,7 +102,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD)
-def test_a_bad_annotation_is_named(tmp_path, caplog, changes, words):
+def test_a_bad_annotation_is_named(one_line, tmp_path, caplog, changes, words):
   raw = [annotation(7), annotation(8, **changes)]
   place = write(tmp_path, [an_image(1, "a.jpg")], raw)
   message = one_line(coco(*place).__getitem__, 0)
@@ -134,14 +125,14 @@ FILES = [
 
 
 @pytest.mark.parametrize(("images", "annotations", "words"), FILES)
-def test_a_bad_file_is_named(tmp_path, images, annotations, words):
+def test_a_bad_file_is_named(one_line, tmp_path, images, annotations, words):
   place = write(tmp_path, images, annotations)
   message = one_line(coco, *place)
   assert message.startswith(place[1])
   assert words in message
 
 
-def test_files_that_are_missing(tmp_path):
+def test_files_that_are_missing(one_line, tmp_path):
   images, path = write(tmp_path, IMAGES, [])
   assert one_line(coco, images, f"{path}x").startswith(f"{path}x: cannot be")
   assert f"{tmp_path}/a.jpg: no such file" in one_line(coco, tmp_path, path)
@@ -150,7 +141,7 @@ def test_files_that_are_missing(tmp_path):
   assert one_line(coco, images, path).startswith(f"{path}: not JSON")
 
 
-def test_an_image_of_another_size_than_the_file_says(tmp_path):
+def test_an_image_of_another_size_than_the_file_says(one_line, tmp_path):
   place = write(tmp_path, [an_image(1, "a.jpg", width=12)], [])
   message = one_line(coco(*place).__getitem__, 0)
   assert f"{place[0]}/a.jpg: 8 x 10 pixels" in message

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from slimsam import composite as module
 from slimsam import rle, shapes
 from slimsam.composite import Layer, composite, crops, inner_point, paint
@@ -52,14 +51,6 @@ class Ramp(Source):
   def read(self, i):
     y, x = np.mgrid[:200, :240].astype(np.uint8)
     return Sample("ramp", np.stack([x, y, 0 * x], -1), ())
-
-
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def distance(image, color):
@@ -321,18 +312,18 @@ BAD = [
 
 @pytest.mark.parametrize("make", [composite, crops])
 @pytest.mark.parametrize(("change", "words"), BAD)
-def test_settings_that_make_no_picture(make, change, words):
+def test_settings_that_make_no_picture(one_line, make, change, words):
   settings = {"source": Flat(), "length": 1, "size": 32, "seed": 0}
   assert words in one_line(make, **{**settings, **change})
 
 
 @pytest.mark.parametrize("objects", [(0, 3), (3, 2), (2,), (1, 2, 3)])
-def test_objects_need_a_range(objects):
+def test_objects_need_a_range(one_line, objects):
   message = one_line(composite, Flat(), 1, 32, 0, objects=objects)
   assert "give the fewest and the most" in message
 
 
-def test_composites_need_another_photograph():
+def test_composites_need_another_photograph(one_line):
   assert "at least two" in one_line(composite, Flat(COLORS[:1]), 1, 32, 0)
 
 

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from slimsam.masks import (
   boxes_of,
   centre,
@@ -29,15 +28,7 @@ def drawn(text):
   return np.array([[c == "#" for c in line] for line in text.split()])
 
 
-def one_line(function, *arguments):
-  with pytest.raises(UserError) as caught:
-    function(*arguments)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
-
-
-def test_points_are_the_middles_of_cells():
+def test_points_are_the_middles_of_cells(one_line):
   np.testing.assert_array_equal(point_grid(1), [[0.5, 0.5]])
   np.testing.assert_array_equal(
     point_grid(2), [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
@@ -105,7 +96,7 @@ def test_crops_cover_the_image_and_overlap(h, w, layers, ratio):
     ((100, 1, 3), "ask for 0"), ((1, 100, 3), "ask for 0"),
   ],
 )  # fmt: skip
-def test_bad_crops(arguments, word):
+def test_bad_crops(one_line, arguments, word):
   assert word in one_line(crop_boxes, *arguments)
 
 
@@ -236,7 +227,7 @@ def test_nms_by_hand(boxes, scores, kept):
   assert nms(np.array(boxes), np.array(scores), 0.5).tolist() == kept
 
 
-def test_bad_scores():
+def test_bad_scores(one_line):
   boxes = np.zeros((2, 4))
   assert "2 boxes" in one_line(nms, boxes, np.zeros(3), 0.5)
   assert "1 NaN" in one_line(nms, boxes, np.array([0, np.nan]), 0.5)
@@ -335,7 +326,7 @@ def test_pixels_that_touch_at_a_corner_are_connected():
   assert not fill_small(drawn(".## #.# ##."), 3, "holes")[1]
 
 
-def test_other_modes():
+def test_other_modes(one_line):
   assert "'both'" in one_line(fill_small, RING, 5, "both")
 
 
@@ -361,7 +352,7 @@ def test_iou_of_one_mask_with_many():
   )
 
 
-def test_iou_of_other_sizes():
+def test_iou_of_other_sizes(one_line):
   message = one_line(iou, np.ones((1, 1), bool), np.ones((6, 7), bool))
   assert "[1, 1] and [6, 7]" in message
 
@@ -401,5 +392,5 @@ def test_centres_by_hand(mask, point):
   assert centre(drawn(mask)) == point
 
 
-def test_an_empty_mask_has_no_centre():
+def test_an_empty_mask_has_no_centre(one_line):
   assert "empty" in one_line(centre, np.zeros((3, 4), bool))

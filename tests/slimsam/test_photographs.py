@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from slimsam import photographs
 from slimsam.photographs import bundled, image_folder
 
@@ -24,14 +23,6 @@ SIZES = {
 def write(path, color, size=(4, 3)):
   path.parent.mkdir(parents=True, exist_ok=True)
   Image.new("RGB", size, (color,) * 3).save(path)
-
-
-def one_line(function, *arguments):
-  with pytest.raises(UserError) as caught:
-    function(*arguments)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 needs_packages = pytest.mark.skipif(
@@ -67,7 +58,9 @@ def test_the_packages_are_not_imported():
   ("package", "title", "split"),
   [("skimage", "scikit-image", "train"), ("sklearn", "scikit-learn", "valid")],
 )
-def test_a_missing_package_names_the_extra(monkeypatch, package, title, split):
+def test_a_missing_package_names_the_extra(
+  one_line, monkeypatch, package, title, split
+):
   find = importlib.util.find_spec
 
   class Spec:
@@ -89,7 +82,7 @@ def test_a_missing_package_names_the_extra(monkeypatch, package, title, split):
     assert "pip install 'tetrad-jax[photographs]'" in message
 
 
-def test_an_unknown_split_is_refused():
+def test_an_unknown_split_is_refused(one_line):
   assert "split 'tain'; did you mean 'train'?" in one_line(bundled, "tain")
 
 
@@ -121,7 +114,7 @@ def test_a_folders_fingerprint_is_of_names_and_sizes(tmp_path):
   assert len(set(prints)) == 3
 
 
-def test_folders_without_images_are_named(tmp_path):
+def test_folders_without_images_are_named(one_line, tmp_path):
   (tmp_path / "a.txt").write_text("no image")
   assert f"{tmp_path}: no image in this" in one_line(
     image_folder, str(tmp_path)
@@ -131,7 +124,7 @@ def test_folders_without_images_are_named(tmp_path):
   assert "data.source.path is empty" in one_line(image_folder, "")
 
 
-def test_a_broken_image_is_named(tmp_path):
+def test_a_broken_image_is_named(one_line, tmp_path):
   (tmp_path / "a.png").write_bytes(b"no image")
   source = image_folder(str(tmp_path))
   assert one_line(source.__getitem__, 0).startswith(f"{tmp_path / 'a.png'}: ")

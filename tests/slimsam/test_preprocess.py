@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from slimsam.preprocess import (
   MEAN,
   STD,
@@ -18,14 +17,6 @@ from slimsam.preprocess import (
   scale_points,
   upscale,
 )
-
-
-def one_line(function, *arguments):
-  with pytest.raises(UserError) as caught:
-    function(*arguments)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize(
@@ -45,7 +36,7 @@ def test_the_longest_side_fills_the_square(original, size, expected):
   assert resized_shape(*original, size) == expected
 
 
-def test_a_side_of_nothing_is_refused():
+def test_a_side_of_nothing_is_refused(one_line):
   assert "0 rows and 7 columns" in one_line(resized_shape, 0, 7, 64)
   image = np.zeros((7, 0, 3), np.uint8)
   assert "7 rows and 0 columns" in one_line(preprocess, image, 64)
@@ -105,7 +96,7 @@ def test_an_image_of_one_pixel():
     (np.zeros((4, 5, 3), np.float32), "float32 [4, 5, 3]"),
   ],
 )
-def test_other_arrays_are_no_images(image, found):
+def test_other_arrays_are_no_images(one_line, image, found):
   assert f"not {found}: read it with" in one_line(preprocess, image, 16)
 
 
@@ -230,7 +221,9 @@ def test_points_that_are_no_points_may_be_anywhere(label):
     ([[1, 1]], ["a"], "labels are <U1: give numbers"),
   ],
 )  # fmt: skip
-def test_points_without_an_answer_are_one_line(points, labels, expected):
+def test_points_without_an_answer_are_one_line(
+  one_line, points, labels, expected
+):
   assert expected in one_line(check_points, points, labels, (4, 5))
 
 
@@ -254,5 +247,5 @@ def test_boxes_are_given_back_as_an_array():
     (np.zeros((0, 4)), "boxes [0, 4] hold none: give at least one, or leave"),
   ],
 )  # fmt: skip
-def test_boxes_without_an_answer_are_one_line(boxes, expected):
+def test_boxes_without_an_answer_are_one_line(one_line, boxes, expected):
   assert expected in one_line(check_boxes, boxes, (4, 5))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.errors import UserError
 from slimsam import rle
 from slimsam.sa1b import sa1b
 
@@ -68,14 +67,6 @@ def write_tar(path, contents, mode="w"):
 
 def many(*numbers):
   return {k: v for number in numbers for k, v in files(number).items()}
-
-
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def names(source):
@@ -157,7 +148,7 @@ def test_runs_that_are_not_compressed(tmp_path):
 
 @pytest.mark.parametrize("lost", ["sa_2.jpg", "sa_2.json"])
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_files_without_a_partner(tmp_path, caplog, lost, write):
+def test_files_without_a_partner(one_line, tmp_path, caplog, lost, write):
   contents = many(1, 2, 3)
   del contents[lost]
   path = write(tmp_path / "data", contents)
@@ -172,7 +163,7 @@ def test_files_without_a_partner(tmp_path, caplog, lost, write):
   assert alone in caplog.text
 
 
-def test_two_images_of_one_name(tmp_path):
+def test_two_images_of_one_name(one_line, tmp_path):
   tars = [write_tar(tmp_path / f"{k}.tar", many(1)) for k in "ab"]
   message = one_line(sa1b, tars)
   assert f"{tars[1]}:./sa_1.jpg and {tars[0]}:./sa_1.jpg have the" in message
@@ -203,7 +194,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("changes", "words"), BAD)
-def test_a_bad_annotation_is_named(tmp_path, caplog, changes, words):
+def test_a_bad_annotation_is_named(one_line, tmp_path, caplog, changes, words):
   raw = [annotation(7), annotation(**{"id_": 8, **changes}), annotation(9)]
   path = write_folder(tmp_path, files(1, raw))
   message = one_line(sa1b(path).__getitem__, 0)
@@ -220,7 +211,7 @@ def test_a_bad_annotation_is_named(tmp_path, caplog, changes, words):
 
 
 @pytest.mark.parametrize("entry", [None, 3, "x", []])
-def test_an_annotation_that_is_no_object(tmp_path, entry):
+def test_an_annotation_that_is_no_object(one_line, tmp_path, entry):
   path = write_folder(tmp_path, files(1, [entry]))
   assert "is no JSON object" in one_line(sa1b(path).__getitem__, 0)
 
@@ -235,14 +226,14 @@ def test_an_annotation_that_is_no_object(tmp_path, entry):
   ],
 )
 @pytest.mark.parametrize("write", [write_folder, write_tar])
-def test_a_broken_file_is_named(tmp_path, name, data, words, write):
+def test_a_broken_file_is_named(one_line, tmp_path, name, data, words, write):
   path = write(tmp_path / "data", {**many(1), name: data})
   message = one_line(sa1b(path).__getitem__, 0)
   assert message.startswith(path)
   assert words in message
 
 
-def test_tars_that_cannot_be_read(tmp_path):
+def test_tars_that_cannot_be_read(one_line, tmp_path):
   zipped = write_tar(tmp_path / "a.tar.gz", many(1), mode="w:gz")
   message = one_line(sa1b, zipped)
   assert message.startswith(f"{zipped}: ")
@@ -251,7 +242,7 @@ def test_tars_that_cannot_be_read(tmp_path):
 
 # A member is a header of 512 bytes and content that is filled up to 512.
 @pytest.mark.parametrize("cut", [0, 100, 700, 2 * 1024 + 100, 4 * 1024])
-def test_a_tar_that_is_cut_off_or_damaged(tmp_path, cut):
+def test_a_tar_that_is_cut_off_or_damaged(one_line, tmp_path, cut):
   contents = dict.fromkeys(many(1, 2, 3), b"content")
   path = write_tar(tmp_path / "a.tar", contents)
   assert len(sa1b(path)) == 3
@@ -264,7 +255,7 @@ def test_a_tar_that_is_cut_off_or_damaged(tmp_path, cut):
     assert "fetch it again" in message
 
 
-def test_paths_without_data(tmp_path):
+def test_paths_without_data(one_line, tmp_path):
   assert "data.source.path=" in one_line(sa1b, str(tmp_path / "gone"))
   assert "data.source.path is empty" in one_line(sa1b, "")
   message = one_line(sa1b, str(tmp_path))

@@ -6,7 +6,6 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from common.errors import UserError
 from slimsam import listing
 from slimsam.sources import (
   KINDS,
@@ -32,14 +31,6 @@ class Numbers(Source):
 
   def read(self, i):
     return Sample(f"n{i}", np.full((1, 1, 3), i, np.uint8), ())
-
-
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 def folder(path, names, side=20):
@@ -107,7 +98,9 @@ def test_a_split_has_settings_of_its_own(tmp_path):
     ({"start": 1}, {"start": 0, "limit": 1}, True),
   ],
 )
-def test_validation_sees_no_image_of_training(tmp_path, settings, valid, good):
+def test_validation_sees_no_image_of_training(
+  one_line, tmp_path, settings, valid, good
+):
   path = folder(tmp_path, ["a.png", "b.png", "c.png"])
   config = {"kind": "folder", "path": path, **settings, "valid": valid}
   if good:
@@ -176,7 +169,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("config", "split", "words"), BAD)
-def test_a_bad_config_is_one_line(config, split, words):
+def test_a_bad_config_is_one_line(one_line, config, split, words):
   assert words in one_line(make_source, config, split)
 
 
@@ -210,12 +203,12 @@ def test_fewer_images_than_asked_for_are_told(caplog):
 
 
 @pytest.mark.parametrize(("start", "limit"), [(3, 0), (-1, 0), (0, -1)])
-def test_no_images_are_refused(start, limit):
+def test_no_images_are_refused(one_line, start, limit):
   message = one_line(listing.chosen, 3, start, limit, place="x")
   assert f"data.source.start={start}" in message
 
 
-def test_a_file_that_shrank_is_named(tmp_path):
+def test_a_file_that_shrank_is_named(one_line, tmp_path):
   (tmp_path / "a").write_bytes(b"1234")
   place = listing.whole_file(str(tmp_path / "a"))
   assert pickle.loads(pickle.dumps(place)).read() == b"1234"

@@ -7,7 +7,6 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from common.errors import UserError
 from udim.domains import load_domains
 from udim.folders import read_image
 
@@ -53,14 +52,6 @@ def colors(domain):
   return [
     (int(example["image"].mean()), example["label"]) for example in domain
   ]
-
-
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -161,7 +152,7 @@ UNREADABLE = [
 
 @pytest.mark.parametrize(("make", "reason"), UNREADABLE)
 def test_an_unreadable_image_names_itself_and_the_switch(
-  tmp_path, make, reason
+  one_line, tmp_path, make, reason
 ):
   path = tmp_path / "image.png"
   make(path)
@@ -171,14 +162,16 @@ def test_an_unreadable_image_names_itself_and_the_switch(
   assert "data.source.unreadable='skip'" in message
 
 
-def test_an_image_bomb_is_one_line(tmp_path, monkeypatch):
+def test_an_image_bomb_is_one_line(one_line, tmp_path, monkeypatch):
   path = write(tmp_path / "big.png", size=(60, 50))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
   message = one_line(read_image, str(path))
   assert message.startswith(f"{path}: more than twice the 1,000 pixels")
 
 
-def test_unreadable_images_are_skipped_counted_and_named(tmp_path, caplog):
+def test_unreadable_images_are_skipped_counted_and_named(
+  one_line, tmp_path, caplog
+):
   tree(tmp_path)
   (tmp_path / "day/dog/0.png").write_bytes(b"no image")
   (tmp_path / "night/guitar/1.png").write_bytes(b"")
@@ -197,7 +190,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, caplog):
   assert "day/dog/0.png, night/guitar/1.png" in caplog.text
 
 
-def test_skipping_may_not_empty_a_class(tmp_path):
+def test_skipping_may_not_empty_a_class(one_line, tmp_path):
   tree(tmp_path, count=1)
   (tmp_path / "day/dog/0.png").write_bytes(b"no image")
   message = one_line(load, tmp_path, unreadable="skip")
@@ -211,7 +204,7 @@ def test_a_domain_of_one_image(tmp_path):
   assert colors(data["night"]) == [(40, 0)]
 
 
-def test_domains_with_other_classes_are_told_apart(tmp_path):
+def test_domains_with_other_classes_are_told_apart(one_line, tmp_path):
   tree(tmp_path)
   write(tmp_path / "night/horse/0.png")
   os.rename(tmp_path / "day/dog", tmp_path / "day/dogs")
@@ -236,7 +229,7 @@ def test_domains_with_other_classes_are_told_apart(tmp_path):
     (lambda root: tree(root / "PACS"), "name the data set's own folder"),
   ],
 )
-def test_bad_folders_are_one_line(tmp_path, make, expected):
+def test_bad_folders_are_one_line(one_line, tmp_path, make, expected):
   root = tmp_path / "data"
   make(root)
   message = one_line(load, root)
@@ -252,7 +245,7 @@ def test_bad_folders_are_one_line(tmp_path, make, expected):
     ({"duplicates": "no/such.txt"}, "data.source.duplicates='no/such.txt'"),
   ],
 )
-def test_bad_settings_are_one_line(tmp_path, settings, expected):
+def test_bad_settings_are_one_line(one_line, tmp_path, settings, expected):
   tree(tmp_path)
   assert expected in one_line(load, **{"path": tmp_path, **settings})
 

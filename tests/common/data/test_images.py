@@ -29,14 +29,6 @@ def grey(values):
   return np.repeat(np.asarray(values)[..., None], 3, axis=-1)
 
 
-def one_line(function, *arguments, **settings):
-  with pytest.raises(UserError) as caught:
-    function(*arguments, **settings)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
-
-
 def test_a_path_bytes_and_open_files(tmp_path):
   path = tmp_path / "photo.png"
   path.write_bytes(encoded(PHOTO))
@@ -133,7 +125,7 @@ def test_deep_images_are_scaled_to_8_bits(content, expected):
     (np.array([[0, np.nan]], np.float32), "float32 values from nan to nan"),
   ],
 )  # fmt: skip
-def test_numbers_without_a_known_range_are_refused(values, expected):
+def test_numbers_without_a_known_range_are_refused(one_line, values, expected):
   assert expected in one_line(read_image, encoded(values, "tiff"))
 
 
@@ -169,7 +161,7 @@ def test_turned_images_of_16_bits_and_untouched_ones():
   )
 
 
-def test_broken_exif_says_so():
+def test_broken_exif_says_so(one_line):
   content = encoded(PHOTO, exif=b"Exif\0\0no tags")
   assert "its EXIF data cannot be read" in one_line(read_image, content)
   np.testing.assert_array_equal(read_image(content, upright=False), PHOTO)
@@ -240,7 +232,7 @@ def without_width():
     "no-width",
   ],
 )
-def test_broken_images_are_one_line(tmp_path, content, reason):
+def test_broken_images_are_one_line(one_line, tmp_path, content, reason):
   path = tmp_path / "image.jpg"
   path.write_bytes(content)
   message = one_line(read_image, path)
@@ -257,7 +249,7 @@ def test_broken_images_are_one_line(tmp_path, content, reason):
     (lambda path: path.mkdir(), "Is a directory"),
   ],
 )
-def test_what_is_no_file_is_one_line(tmp_path, make, reason):
+def test_what_is_no_file_is_one_line(one_line, tmp_path, make, reason):
   path = tmp_path / "image.png"
   make(path)
   assert one_line(read_image, path) == (
@@ -265,7 +257,7 @@ def test_what_is_no_file_is_one_line(tmp_path, make, reason):
   )
 
 
-def test_messages_name_the_image(tmp_path):
+def test_messages_name_the_image(one_line, tmp_path):
   path = tmp_path / "bad.png"
   path.write_bytes(b"no image")
   assert one_line(read_image, b"x").startswith("the image: no image")
@@ -279,7 +271,7 @@ def test_messages_name_the_image(tmp_path):
   assert message == f"{path}: no image that Pillow knows: buy another"
 
 
-def test_cut_images_are_read_as_far_as_they_go_where_that_is_wanted():
+def test_cut_images_are_read_as_far_as_they_go_where_that_is_wanted(one_line):
   content = halved("png")
   for _ in range(2):  # One choice does not outlive its call.
     image = read_image(content, allow_truncated=True)
@@ -310,7 +302,7 @@ def test_images_below_the_limit_are_read_without_a_warning(content):
 
 @pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("content", BOMBS[3:], ids=map(str, SIZES[3:]))
-def test_images_above_the_limit_are_one_line(content):
+def test_images_above_the_limit_are_one_line(one_line, content):
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     message = one_line(read_image, content, name="big.png")
@@ -322,14 +314,16 @@ def test_images_above_the_limit_are_one_line(content):
   assert message.endswith(": scale it down, or raise max_pixels")
 
 
-def test_a_bomb_is_refused_before_it_is_decoded():
+def test_a_bomb_is_refused_before_it_is_decoded(one_line):
   message = one_line(read_image, HUGE)
   assert "more than twice the 89,478,485 pixels" in message
   assert "Image size (9999800001 pixels)" in message
 
 
 @pytest.mark.parametrize(("max_pixels", "fits"), [(2009, True), (2008, False)])
-def test_the_limit_can_be_lowered_and_raised(monkeypatch, max_pixels, fits):
+def test_the_limit_can_be_lowered_and_raised(
+  one_line, monkeypatch, max_pixels, fits
+):
   for limit in (100, 10**6):  # Pillow's own
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     if fits:
@@ -414,7 +408,9 @@ def test_every_ending_is_an_image_that_can_be_read(tmp_path):
 
 
 @pytest.mark.parametrize("recursive", [True, False])
-def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, recursive):
+def test_a_folder_that_cannot_be_read_is_one_line(
+  one_line, tmp_path, recursive
+):
   missing = tmp_path / "missing"
   message = one_line(image_files, missing, recursive=recursive)
   assert message.startswith(f"{missing}: No such file or directory: name a")
@@ -424,7 +420,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(tmp_path, recursive):
 
 
 def test_a_folder_below_that_cannot_be_read_is_not_passed_over(
-  tmp_path, monkeypatch
+  one_line, tmp_path, monkeypatch
 ):
   tree(tmp_path)
   scan = os.scandir
@@ -477,14 +473,14 @@ def test_masks_are_written_black_and_white(tmp_path):
     (np.zeros(5, np.uint8), "uint8 [5]"),
   ],
 )
-def test_what_is_no_image_is_not_written(tmp_path, array, found):
+def test_what_is_no_image_is_not_written(one_line, tmp_path, array, found):
   path = tmp_path / "image.png"
   message = one_line(write_png, path, array)
   assert message.startswith(f"{path}: an array {found} is no image: give uint8")
   assert not path.exists()
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_place_that_cannot_be_written_is_one_line(one_line, tmp_path):
   (tmp_path / "file").write_text("no folder")
   path = tmp_path / "file/image.png"
   message = one_line(write_png, path, PHOTO)
