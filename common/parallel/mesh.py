@@ -172,10 +172,17 @@ def to_host(tree: Any) -> Any:
   return jax.tree.map(fetch, tree)
 
 
-def gather_texts(texts: Sequence[str]) -> list[list[str]]:
-  """The texts of every process, on every process, in the processes' order."""
+def gather_texts(texts: Sequence[str]) -> list[str]:
+  """Puts together what processes have dealt out among themselves.
+
+  Args:
+    texts: of process i of n, those at the places i, i + n, i + 2 n, …
+
+  Returns:
+    All of them in their order, on every process.
+  """
   if jax.process_count() == 1:
-    return [list(texts)]
+    return list(texts)
   from jax.experimental import multihost_utils
 
   mine = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
@@ -183,6 +190,10 @@ def gather_texts(texts: Sequence[str]) -> list[list[str]]:
   padded = np.zeros(int(np.max(sizes)), np.uint8)
   padded[: len(mine)] = mine
   rows = np.asarray(multihost_utils.process_allgather(padded))
-  return [
+  parts = [
     json.loads(row[: int(size)].tobytes()) for row, size in zip(rows, sizes)
   ]
+  whole = [""] * sum(map(len, parts))
+  for i, part in enumerate(parts):
+    whole[i :: len(parts)] = part
+  return whole

@@ -44,7 +44,7 @@ def test_the_local_mesh_has_the_devices_of_this_process():
 
 
 def test_one_process_has_the_texts_already():
-  assert gather_texts(["one", ""]) == [["one", ""]]
+  assert gather_texts(["one", ""]) == ["one", ""]
 
 
 MISFITS = [
