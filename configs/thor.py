@@ -38,19 +38,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # Devices along each axis; -1 takes what is left.
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "model": 1})
 
-  config.data = ConfigDict()
-  config.data.source = _source()
-  # Tokens of the longer side of a batch, padding included: fairseq's
-  # --max-tokens times devices and micro-batches.
-  config.data.token_budget = 2048
-  # The longest source and target of each bucket; each compiles once.
-  config.data.lengths = (16, 32, 96)
-  config.data.max_rows = 0  # 0: no limit
-  # Divides the rows of every batch, so that 1 to 8 devices have the same ones.
-  config.data.row_multiple = 8
-  config.data.too_long = "error"  # error | skip | cut
-  config.data.workers = 0  # processes that make batches; 0: one thread
-  config.data.prefetch = 2
+  config.data = _data()
 
   config.vocabulary = ConfigDict()
   config.vocabulary.path = ""  # a SentencePiece model; "" trains one
@@ -61,22 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
   config.model = _model()
 
-  config.routing = ConfigDict()
-  # dense | thor | random_switch | switch | hash
-  config.routing.kind = "thor"
-  config.routing.experts = 4
-  config.routing.level = "batch"  # thor: batch | sentence | token
-  config.routing.pair = "independent"  # thor: independent | distinct
-  # Room of an expert in even shares of a group's tokens; 0: no limit.
-  config.routing.capacity = 1.25
-  config.routing.eval_capacity = 0.0
-  config.routing.groups = 1  # parts of a batch that share this room
-  config.routing.jitter = 0.01  # of the gate's input
-  config.routing.balance = 0.01  # weight of the gate's balance loss
-  config.routing.gate = False  # random_switch: weigh by a gate
-  config.routing.gate_level = "token"  # what a gate looks at: token | sentence
-  config.routing.table = "balanced"  # hash: balanced | random
-  config.routing.axis = "fsdp"  # mesh axis that experts are cut along
+  config.routing = _routing()
 
   config.objective = ConfigDict()
   config.objective.passes = 2
@@ -90,23 +63,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluation.dispatch = ""  # "": what the kind of routing does
   config.evaluation.seed = 0
 
-  config.translation = ConfigDict()
-  config.translation.every = 0  # 0: at the end only
-  config.translation.rows = 0  # of each language and test set; 0: all
-  config.translation.beam = 4
-  config.translation.length_penalty = 1.0
-  config.translation.penalty = "fairseq"  # fairseq | gnmt
-  # The longest translation: ratio times the source's length, and extra.
-  config.translation.max_ratio = 1.2
-  config.translation.max_extra = 10
-  config.translation.token_budget = 2048
-  # Ways to use the experts that are compared at the end.
-  config.translation.modes = (
-    "dispatch_sentence", "dispatch_token", "dispatch_batch", "fixed:0",
-    "average_weight", "average_output", "ensemble:2",
-  )  # fmt: skip
-  config.translation.mode_rows = 50  # of each language
-
+  config.translation = _translation()
   config.compare = _compare()
 
   config.log = ConfigDict({"every": 25, "tensorboard": False})
@@ -114,6 +71,66 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.profile = ConfigDict({"start": 20, "count": 0})  # 0 steps: none
 
   return apply_variants(config, arg, VARIANTS)
+
+
+def _data() -> ConfigDict:
+  """Text and batches."""
+  config = ConfigDict()
+  config.source = _source()
+  # Tokens of the longer side of a batch, padding included: fairseq's
+  # --max-tokens times devices and micro-batches.
+  config.token_budget = 2048
+  # The longest source and target of each bucket; each compiles once.
+  config.lengths = (16, 32, 96)
+  config.max_rows = 0  # 0: no limit
+  # Divides the rows of every batch, so that 1 to 8 devices have the same ones.
+  config.row_multiple = 8
+  config.too_long = "error"  # error | skip | cut
+  config.workers = 0  # processes that make batches; 0: one thread
+  config.prefetch = 2
+  return config
+
+
+def _routing() -> ConfigDict:
+  """See `thor.routing.Routing`."""
+  config = ConfigDict()
+  # dense | thor | random_switch | switch | hash
+  config.kind = "thor"
+  config.experts = 4
+  config.level = "batch"  # thor: batch | sentence | token
+  config.pair = "independent"  # thor: independent | distinct
+  # Room of an expert in even shares of a group's tokens; 0: no limit.
+  config.capacity = 1.25
+  config.eval_capacity = 0.0
+  config.groups = 1  # parts of a batch that share this room
+  config.jitter = 0.01  # of the gate's input
+  config.balance = 0.01  # weight of the gate's balance loss
+  config.gate = False  # random_switch: weigh by a gate
+  config.gate_level = "token"  # what a gate looks at: token | sentence
+  config.table = "balanced"  # hash: balanced | random
+  config.axis = "fsdp"  # mesh axis that experts are cut along
+  return config
+
+
+def _translation() -> ConfigDict:
+  """How test sets are translated."""
+  config = ConfigDict()
+  config.every = 0  # 0: at the end only
+  config.rows = 0  # of each language and test set; 0: all
+  config.beam = 4
+  config.length_penalty = 1.0
+  config.penalty = "fairseq"  # fairseq | gnmt
+  # The longest translation: ratio times the source's length, and extra.
+  config.max_ratio = 1.2
+  config.max_extra = 10
+  config.token_budget = 2048
+  # Ways to use the experts that are compared at the end.
+  config.modes = (
+    "dispatch_sentence", "dispatch_token", "dispatch_batch", "fixed:0",
+    "average_weight", "average_output", "ensemble:2",
+  )  # fmt: skip
+  config.mode_rows = 50  # of each language
+  return config
 
 
 def _source() -> ConfigDict:
