@@ -10,13 +10,18 @@ Anything's image encoder, `add_decomposed_rel_pos`).
 
 import dataclasses
 import functools
+import math
 
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.config import did_you_mean
+from common.errors import UserError
+
 Array = jax.Array
+KERNELS = ("auto", "xla", "triton", "interpret")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +35,23 @@ class How:
     chunks: of the queries of a global block, one after the other, so that the
       logits are never there as a whole; 0: as many as keep 512 queries or
       fewer together.
+    kernel: "xla": the above; "triton": one kernel of `slimsam.attention_triton`
+      for Nvidia's GPUs; "auto": that one where it is faster, in 16 bits on such
+      a GPU; "interpret": the kernel as plain operations, for tests.
   """
 
   fold: bool = True
   chunks: int = 0
+  kernel: str = "auto"
+
+  def __post_init__(self) -> None:
+    if self.kernel not in KERNELS:
+      raise UserError(
+        f"kernel={self.kernel!r}{did_you_mean(str(self.kernel), KERNELS)}"
+      )
 
 
-TEXTBOOK = How(fold=False, chunks=1)
+TEXTBOOK = How(fold=False, chunks=1, kernel="xla")
 _CHUNK = 512
 
 
@@ -56,6 +71,82 @@ def attend(
   Returns:
     [b y x h e].
   """
+  plain = functools.partial(_plain, window=window, how=how)
+  if how.kernel == "xla":
+    return plain(qkv, tables, bias)
+  kernel = functools.partial(_by_kernel, window=window, how=how)
+  if how.kernel != "auto":
+    return kernel(qkv, tables, bias)
+  if jnp.dtype(qkv.dtype).itemsize > 2:
+    return plain(qkv, tables, bias)
+  return jax.lax.platform_dependent(
+    qkv, tables, bias, cuda=kernel, default=plain
+  )
+
+
+def _by_kernel(
+  qkv: Array, tables: tuple[Array, Array], bias: Array, window: int, how: How
+) -> Array:
+  """`attend` by the kernel, each device its own images and heads."""
+  run = functools.partial(_fused, window, how)
+  mesh = jax.sharding.get_abstract_mesh()
+  names = mesh.axis_names
+  rows = tuple(name for name in ("data", "fsdp") if name in names)
+  heads = "model" if "model" in names else None
+  if math.prod(mesh.shape[name] for name in names) > 1:
+    cut = math.prod(mesh.shape[name] for name in rows)
+    if qkv.shape[0] % cut:
+      rows = ()
+    if heads and qkv.shape[4] % mesh.shape[heads]:
+      heads = None
+    spec = jax.P(rows or None, None, None, None, heads)
+    # The compiler cannot cut a kernel: it would gather everything.
+    run = jax.shard_map(
+      run,
+      in_specs=(spec, jax.P(), jax.P(None, heads)),
+      out_specs=jax.P(rows or None, None, None, heads),
+      check_vma=False,
+    )
+  return run(qkv, tables, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(
+  window: int, how: How, qkv: Array, tables: tuple[Array, Array], bias: Array
+) -> Array:
+  from slimsam.attention_triton import fused
+
+  side = window or qkv.shape[1]
+  places = np.arange(qkv.shape[1]) % side
+  rows, columns = (_by_distance(t, side)[places] for t in tables)
+  q = qkv[:, :, :, 0]
+  return fused(
+    qkv,
+    jnp.einsum("byxhe,yke->bhkyx", q, rows.astype(q.dtype)),
+    jnp.einsum("byxhe,xke->bhyxk", q, columns.astype(q.dtype)),
+    bias,
+    side,
+    interpret=how.kernel == "interpret",
+  )
+
+
+def _fused_forward(window: int, how: How, *args):
+  return _fused(window, how, *args), args
+
+
+def _fused_backward(window: int, how: How, args, gradient):
+  return jax.vjp(functools.partial(_plain, window=window, how=how), *args)[1](
+    gradient
+  )
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _plain(
+  qkv: Array, tables: tuple[Array, Array], bias: Array, window: int, how: How
+) -> Array:
+  """`attend` in products and softmax."""
   if not window:
     return _globally(qkv, tables, how)
   grid = qkv.shape[1]

@@ -10,7 +10,10 @@ from jax.extend.core import jaxprs_in_params
 
 from slimsam.attention import TEXTBOOK, How, attend, fitted
 
-FORMS = [How(), TEXTBOOK, How(chunks=2), How(fold=False, chunks=6)]
+FORMS = [
+  How(), TEXTBOOK, How(chunks=2), How(fold=False, chunks=6),
+  How(kernel="interpret"),
+]  # fmt: skip
 
 
 def case(grid, window, heads=2, width=5, seed=0):
@@ -75,7 +78,7 @@ def test_gradients_are_equal(window):
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
   expected = grad(qkv, tables, bias, TEXTBOOK)
-  for how in (How(), How(chunks=3)):
+  for how in (How(), How(chunks=3), How(kernel="interpret")):
     found = grad(qkv, tables, bias, how)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
       np.testing.assert_allclose(a, b, atol=2e-5)

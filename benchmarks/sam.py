@@ -1,0 +1,624 @@
+"""Segment Anything here and in torch, with the same random weights.
+
+    python benchmarks/sam.py                      # everything that is gated
+    python benchmarks/sam.py --parts=everything --rounds=3
+    python benchmarks/sam.py --batch=8 --dtype=bfloat16      # on a GPU
+
+Parts:
+
+    blocks       a windowed and a global block of ViT-B
+    encoder      the image encoder of ViT-B and of the uniform SlimSAM-50 and -77
+    everything   all masks of one image, beside segment-anything's generator
+    steps        importance and distillation, without a peer
+
+The peers are transformers' SamModel (scaled_dot_product_attention) and
+segment-anything, in the same process and on the same device; a peer that is not
+installed is left out. Every round runs every candidate once, one after the
+other; printed are medians, and over ours the ratios of medians and, in brackets,
+of the least. `apart` is how far results are from ours; `temp` is memory beyond
+parameters, input and output: ours as the compiler plans it, torch's as its
+allocator saw it, which only a GPU's tells. A gate is missed when both ratios
+are above it. The last line is JSON; the exit status is 1 where a gate is
+missed. The first lines say what compiling takes, from nothing and from the
+cache on disk.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+# Both libraries shall have room on a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from slimsam import encoder as encoder_lib
+from slimsam.encoder import DTYPES, Compute, encode
+from slimsam.settings import SamSettings, preset
+
+PARTS = ("blocks", "encoder", "everything", "steps")
+MODELS = ("vit_p77", "vit_p50", "vit_b")
+MIB = 2**20
+# Ours over transformers', and of a pruned encoder over the whole one.
+WINDOWED, GLOBAL, ENCODER, HALF = 1.15, 0.9, 1.05, 0.6
+EVERYTHING = 1 / 1.5  # ours over segment-anything's
+GLOBAL_TEMP, P77_TEMP = 300 * MIB, 500e6
+GPU = jax.default_backend() == "gpu"
+# The threads of one library wait for more work for a while, on the cores that
+# the other one needs.
+PAUSE_S = 0.0 if GPU else 0.3
+
+
+class Case(NamedTuple):
+  """Candidates for one piece of work.
+
+  Attributes:
+    runs: by name, `ours` first; each returns a NumPy result.
+    waits: by name, the same without bringing the result to the host.
+    gate: of ours over transformers', at most.
+    temp: ours, in bytes, and what it may be at most.
+    images: of a call.
+  """
+
+  runs: dict[str, Callable[[], Any]]
+  waits: dict[str, Callable[[], Any]]
+  gate: float | None = None
+  temp: tuple[int, float | None] | None = None
+  images: int = 1
+
+
+def draw(settings: SamSettings) -> Any:
+  """Random parameters for which embeddings and logits are of order one."""
+  from slimsam.init import abstract_params
+
+  rng = np.random.default_rng(0)
+
+  def leaf(path: Any, like: Any) -> np.ndarray:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    centre, scale = 0.0, 0.5
+    if "norm" in name:
+      centre, scale = float(name.endswith("scale")), 0.1
+    elif name.endswith("kernel"):
+      scale = (like.size / like.shape[-1]) ** -0.5
+      if "qkv" in name:
+        scale = like.shape[0] ** -0.5
+    elif name.endswith("bias"):
+      scale = 0.1
+    return rng.normal(centre, scale, like.shape).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract_params(settings))
+
+
+def hf_model(params: Any, settings: SamSettings, dtype: str) -> Any:
+  import torch  # type: ignore
+  from transformers import SamConfig, SamModel  # type: ignore
+
+  from slimsam.formats import to_hf
+
+  state, config = to_hf(params, settings)
+  made = SamConfig(**config)
+  made._attn_implementation = "sdpa"
+  model = SamModel(made).eval()
+  tensors = {k: torch.tensor(np.asarray(v)) for k, v in state.items()}
+  found = model.load_state_dict(tensors, strict=False)
+  if found.unexpected_keys:
+    raise SystemExit(f"not the same model: {found.unexpected_keys}")
+  model.tie_weights()
+  return model.to(_device(), getattr(torch, dtype))
+
+
+def sam_model(params: Any, settings: SamSettings, dtype: str) -> Any:
+  """segment-anything's, of any uniform widths."""
+  import torch  # type: ignore
+  from segment_anything.modeling import (  # type: ignore
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    TwoWayTransformer,
+  )
+  from segment_anything.modeling import Sam as TorchSam  # type: ignore
+
+  from slimsam.formats import to_sam
+
+  cfg = settings.encoder
+  norm = functools.partial(torch.nn.LayerNorm, eps=1e-6)
+  model = TorchSam(
+    ImageEncoderViT(
+      img_size=cfg.image_size, patch_size=cfg.patch, embed_dim=cfg.width,
+      depth=cfg.depth, num_heads=cfg.heads, norm_layer=norm,
+      mlp_ratio=(cfg.mlp_widths[0] + 0.5) / cfg.width, use_rel_pos=True,
+      window_size=cfg.window, global_attn_indexes=cfg.global_blocks,
+    ),
+    PromptEncoder(256, (cfg.grid,) * 2, (cfg.image_size,) * 2, 16),
+    MaskDecoder(transformer=TwoWayTransformer(2, 256, 8, 2048),
+                transformer_dim=256),
+  )  # fmt: skip
+  state = {
+    k: torch.tensor(np.asarray(v)) for k, v in to_sam(params, settings).items()
+  }
+  model.load_state_dict(state)
+  return model.eval().to(_device(), getattr(torch, dtype))
+
+
+def _device() -> str:
+  return "cuda" if GPU else "cpu"
+
+
+def has(module: str) -> bool:
+  import importlib.util
+
+  return importlib.util.find_spec(module) is not None
+
+
+class Torch:
+  """A module of torch on one input; keeps what its memory grew to."""
+
+  def __init__(self, module: Any, x: np.ndarray, dtype: str, *, first: bool):
+    import torch  # type: ignore
+
+    self._torch, self._module, self._first = torch, module, first
+    self._x = torch.tensor(x).to(_device(), getattr(torch, dtype))
+    self.temp: int | None = None
+
+  def wait(self) -> Any:
+    with self._torch.inference_mode():
+      out = self._module(self._x)
+    if GPU:
+      self._torch.cuda.synchronize()
+    return out
+
+  def run(self) -> np.ndarray:
+    if GPU:
+      self._torch.cuda.reset_peak_memory_stats()
+      before = self._torch.cuda.memory_allocated()
+    out = self.wait()
+    if GPU:
+      self.temp = self._torch.cuda.max_memory_allocated() - before
+    while not hasattr(out, "numpy"):
+      out = out[0] if self._first else out.last_hidden_state
+    return out.float().cpu().numpy()
+
+
+class Ours:
+  """A compiled program with its inputs on the device."""
+
+  def __init__(self, run: Callable[..., Any], *args: Any):
+    self._args = jax.device_put(args)
+    self.compile_s: dict[str, float] = {}
+    for name in ("cold", "cached"):
+      jax.clear_caches()
+      start = time.perf_counter()
+      self._program = jax.jit(run).lower(*self._args).compile()
+      self.compile_s[name] = time.perf_counter() - start
+    analysis: Any = self._program.memory_analysis()
+    self.temp = int(analysis.temp_size_in_bytes)
+
+  def wait(self) -> Any:
+    return jax.block_until_ready(self._program(*self._args))
+
+  def run(self) -> np.ndarray:
+    return np.asarray(self.wait().astype(jnp.float32))
+
+
+def case_of(
+  ours: Ours, peers: dict[str, Torch], **more: Any
+) -> tuple[Case, Ours, dict[str, Torch]]:
+  both: dict[str, Any] = {"ours": ours, **peers}
+  case = Case(
+    {name: own.run for name, own in both.items()},
+    {name: own.wait for name, own in both.items()},
+    **more,
+  )
+  return case, ours, peers
+
+
+def blocks(args: argparse.Namespace) -> dict[str, Any]:
+  """ViT-B's first windowed and first global block."""
+  settings = preset("vit_b")
+  cfg, dtype = settings.encoder, DTYPES[args.dtype]
+  params = draw(settings)
+  rng = np.random.default_rng(1)
+  shape = (args.batch, cfg.grid, cfg.grid, cfg.width)
+  x = rng.normal(size=shape).astype(np.float32)
+  layers = None
+  if has("transformers"):
+    layers = hf_model(params, settings, args.dtype).vision_encoder.layers
+  made = {}
+  gates = {"windowed": (0, WINDOWED, None), "global": (2, GLOBAL, GLOBAL_TEMP)}
+  for name, (index, gate, temp) in gates.items():
+
+    def run(own: Any, x: Any, index: int = index) -> Any:
+      return encoder_lib.block(own, x, index, cfg, Compute(dtype))[0]
+
+    own = params["image_encoder"]["blocks"][str(index)]
+    own = encoder_lib.computed(own, dtype)
+    ours = Ours(run, own, jnp.asarray(x, dtype))
+    peers = {}
+    if layers is not None:
+      peers["transformers"] = Torch(layers[index], x, args.dtype, first=True)
+    limit = temp * args.batch if temp and not GPU else None
+    made[f"{name} block"] = case_of(
+      ours, peers, gate=None if GPU else gate, temp=(ours.temp, limit),
+      images=args.batch,
+    )  # fmt: skip
+  return made
+
+
+def encoders(args: argparse.Namespace) -> dict[str, Any]:
+  """The image encoders at 1024 pixels."""
+  made = {}
+  dtype = DTYPES[args.dtype]
+  for name in args.models.split(","):
+    settings = preset(name)
+    cfg, params = settings.encoder, draw(settings)
+    rng = np.random.default_rng(1)
+    shape = (args.batch, cfg.image_size, cfg.image_size, 3)
+    x = rng.normal(size=shape).astype(np.float32)
+
+    def run(own: Any, x: Any, cfg: Any = cfg) -> Any:
+      return encode(own, x, cfg, Compute(dtype))
+
+    weights = encoder_lib.computed(params["image_encoder"], dtype)
+    ours = Ours(run, weights, jnp.asarray(x, dtype))
+    channels_first = np.moveaxis(x, -1, 1)
+    peers = {}
+    if has("transformers"):
+      model = hf_model(params, settings, args.dtype).vision_encoder
+      peers["transformers"] = Torch(
+        model, channels_first, args.dtype, first=False
+      )
+      if args.compile:
+        import torch  # type: ignore
+
+        peers["transformers, compiled"] = Torch(
+          torch.compile(model), channels_first, args.dtype, first=False
+        )
+    if has("segment_anything") and not args.no_segment_anything:
+      model = sam_model(params, settings, args.dtype).image_encoder
+      peers["segment-anything"] = Torch(
+        model, channels_first, args.dtype, first=True
+      )
+    gate = 1.0 if GPU else ENCODER
+    limit = P77_TEMP * args.batch if name == "vit_p77" else None
+    made[name] = case_of(
+      ours, peers, gate=gate if name != "vit_p50" else None,
+      temp=(ours.temp, limit), images=args.batch,
+    )  # fmt: skip
+  return made
+
+
+def measure(
+  cases: dict[str, Case], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+  """Seconds, by case and candidate."""
+  times = {
+    name: {own: [] for own in case.waits} for name, case in cases.items()
+  }
+  for _ in range(rounds):
+    for name, case in cases.items():
+      for own, wait in case.waits.items():
+        time.sleep(PAUSE_S)
+        start = time.perf_counter()
+        wait()
+        times[name][own].append(time.perf_counter() - start)
+  return times
+
+
+def table(made: dict[str, Any], args: argparse.Namespace) -> list[Any]:
+  """Runs, prints and judges; the rows."""
+  for name, (_, ours, _) in made.items():
+    compiled = ", ".join(f"{k} {v:.1f} s" for k, v in ours.compile_s.items())
+    print(f"compiled {name}: {compiled}", flush=True)
+  cases = {name: case for name, (case, _, _) in made.items()}
+  apart = {}
+  for name, case in cases.items():
+    results = {own: run() for own, run in case.runs.items()}
+    apart[name] = {
+      own: float(np.abs(
+        np.moveaxis(value, 1, -1) - results["ours"]
+        if value.shape != results["ours"].shape else value - results["ours"]
+      ).max())
+      for own, value in results.items()
+    }  # fmt: skip
+  times = measure(cases, args.rounds)
+  print(
+    f"{'':15s} {'':23s}      ms  images/s  over ours (least)  apart  temp MiB"
+  )
+  rows = []
+  for name, (case, ours, peers) in made.items():
+    for own, seconds in times[name].items():
+      row = _row(name, own, seconds, times[name]["ours"], case.images)
+      temp = ours.temp if own == "ours" else peers[own].temp
+      row |= {"apart": apart[name][own], "temp_bytes": temp}
+      rows.append(row)
+      shown = "–" if temp is None else f"{temp / MIB:.0f}"
+      print(
+        f"{name:15s} {own:23s} {1e3 * row['seconds']:7.1f} "
+        f"{row['images_per_second']:9.2f} {row['over_ours']:9.2f} "
+        f"({row['least_over_ours']:5.2f}) {row['apart']:8.1e} {shown:>8s}"
+      )
+    rows[-len(times[name])]["gates"] = _judge(name, case, times[name])
+  return rows
+
+
+def _row(
+  name: str, own: str, seconds: list[float], ours: list[float], images: int
+) -> dict[str, Any]:
+  median = statistics.median
+  return {
+    "case": name,
+    "candidate": own,
+    "seconds": median(seconds),
+    "images_per_second": images / median(seconds),
+    "over_ours": median(seconds) / median(ours),
+    "least_over_ours": min(seconds) / min(ours),
+  }
+
+
+def _judge(
+  name: str, case: Case, times: dict[str, list[float]]
+) -> list[dict[str, Any]]:
+  found = []
+  if case.gate is not None and "transformers" in times:
+    ours, theirs = times["ours"], times["transformers"]
+    ratios = (
+      statistics.median(ours) / statistics.median(theirs),
+      min(ours) / min(theirs),
+    )
+    found.append(gate(f"{name} over transformers'", min(ratios), case.gate))
+  if case.temp is not None and case.temp[1] is not None:
+    found.append(gate(f"{name}: MiB", case.temp[0] / MIB, case.temp[1] / MIB))
+  return found
+
+
+def gate(what: str, value: float, limit: float) -> dict[str, Any]:
+  """Prints whether it holds."""
+  holds = value <= limit
+  print(f"  gate: {what} {value:.3g} <= {limit:.3g}: "
+        f"{'holds' if holds else 'missed'}")  # fmt: skip
+  return {"what": what, "value": value, "limit": limit, "holds": holds}
+
+
+def everything(args: argparse.Namespace) -> list[Any]:
+  """All masks of an image, both generators with the same thresholds."""
+  from slimsam.amg import AutomaticMaskGenerator
+  from slimsam.predict import Predictor
+
+  rows = []
+  for name in args.everything_models.split(","):
+    settings = preset(name)
+    params = draw(settings)
+    image = picture()
+    predictor = Predictor(params, settings, Compute(DTYPES[args.dtype]))
+    cuts = thresholds(predictor, image)
+    runs: dict[str, Callable[[], Any]] = {}
+    for own, more in (
+      ("ours", {}),
+      ("ours, low_res", {"stability_at": "low_res"}),
+    ):
+      made = AutomaticMaskGenerator(predictor, **cuts, **more)
+      runs[own] = functools.partial(made.generate, image)
+    if has("segment_anything"):
+      from segment_anything import SamAutomaticMaskGenerator  # type: ignore
+
+      theirs = SamAutomaticMaskGenerator(
+        sam_model(params, settings, "float32"), **cuts
+      )
+      runs["segment-anything"] = functools.partial(theirs.generate, image)
+    counts = {own: len(run()) for own, run in runs.items()}
+    case = Case(runs, runs)
+    times = measure({name: case}, args.everything_rounds)[name]
+    for own, seconds in times.items():
+      row = _row(f"everything, {name}", own, seconds, times["ours"], 1)
+      row |= {"masks": counts[own], "thresholds": cuts}
+      rows.append(row)
+      print(
+        f"everything, {name:8s} {own:36s} {row['seconds']:7.2f} s "
+        f"{row['over_ours']:6.2f} ({row['least_over_ours']:5.2f}) "
+        f"{counts[own]} masks"
+      )
+    if "segment-anything" in times:
+      ratio = 1 / max(rows[-1]["over_ours"], rows[-1]["least_over_ours"])
+      what = f"everything, {name}, over segment-anything's"
+      rows[-len(times)]["gates"] = [gate(what, ratio, EVERYTHING)]
+  return rows
+
+
+def picture() -> np.ndarray:
+  """uint8 [768 1024 3]: blotches of several sizes."""
+  rng = np.random.default_rng(2)
+  made = np.zeros((768, 1024, 3))
+  for cells in (4, 16, 64):
+    small = rng.normal(size=(cells * 3 // 4, cells, 3))
+    side = 1024 // cells
+    made += np.kron(small, np.ones((side, side, 1)))
+  made = (made - made.min()) / (made.max() - made.min())
+  return (255 * made).astype(np.uint8)
+
+
+def thresholds(predictor: Any, image: np.ndarray) -> dict[str, float]:
+  """Half of the masks are good enough, and a quarter stable as well: about as
+  many as of a trained model, which random weights with the usual thresholds
+  would not give.
+  """
+  from slimsam.masks import point_grid, stability
+
+  predictor.set_image(image)
+  points = point_grid(32)[::16] * (image.shape[1], image.shape[0])
+  made = predictor.decode(points[:, None], np.ones((len(points), 1), np.int32))
+  iou = float(np.quantile(np.asarray(made.iou), 0.5))
+  good = np.asarray(made.logits)[np.asarray(made.iou) > iou]
+  stable = float(np.quantile(np.asarray(stability(good)), 0.5))
+  return {"pred_iou_thresh": iou, "stability_score_thresh": stable}
+
+
+def steps(args: argparse.Namespace) -> list[Any]:
+  """Importance, and the updates of SlimSAM-77 from ViT-B."""
+  rows = []
+  for name, run in make_steps(args).items():
+    start = time.perf_counter()
+    run()
+    first = time.perf_counter() - start
+    seconds = []
+    for _ in range(args.steps_rounds):
+      start = time.perf_counter()
+      run()
+      seconds.append(time.perf_counter() - start)
+    row = {
+      "case": f"step, {name}", "first": first, "image_size": args.image_size,
+      "batch": args.steps_batch, "seconds": statistics.median(seconds),
+      "images_per_second": args.steps_batch / statistics.median(seconds),
+    }  # fmt: skip
+    rows.append(row)
+    print(
+      f"step, {name:28s} {1e3 * row['seconds']:8.0f} ms "
+      f"{row['images_per_second']:7.2f} images/s  first call {first:.1f} s",
+      flush=True,
+    )
+  return rows
+
+
+def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+  import dataclasses
+
+  from common.rngs import RngStreams
+  from common.state import TrainState
+  from common.step import make_train_step
+  from slimsam import importance, stages
+  from slimsam.groups import encoder_groups
+  from slimsam.prune import prune_model
+  from slimsam.select import kept_width
+
+  whole = preset("vit_b")
+  cfg = dataclasses.replace(whole.encoder, image_size=args.image_size)
+  whole = dataclasses.replace(whole, encoder=cfg)
+  params = {"image_encoder": draw(whole)["image_encoder"]}
+  d, f = (kept_width(n, 0.77, 12) for n in (768, 3072))
+  first, first_settings = prune_model(params, whole, {"embedding": range(d)})
+  keep = {f"qkv/{i}": range(d // 12) for i in range(12)}
+  keep |= {f"mlp/{i}": range(f) for i in range(12)}
+  small, small_settings = prune_model(first, first_settings, keep)
+  rng = np.random.default_rng(3)
+  shape = (args.steps_batch, cfg.image_size, cfg.image_size, 3)
+  batch = jax.device_put({
+    "images": rng.normal(size=shape).astype(np.float32),
+    "ids": np.arange(args.steps_batch, dtype=np.int32),
+    "weights": np.ones(args.steps_batch, np.float32),
+  })  # fmt: skip
+  compute = Compute(DTYPES[args.dtype], remat=True)
+  groups = encoder_groups(whole)
+  add = importance.make_accumulate(
+    importance.disturbed_loss(whole, compute), groups
+  )
+  sums = [importance.zero_sums(params, groups)]
+  placed = jax.device_put(params)
+
+  def accumulate() -> Any:
+    sums[0] = add(sums[0], placed, batch, jax.random.key(0))
+    jax.block_until_ready(sums[0])
+
+  made: dict[str, Callable[[], Any]] = {"importance, vit_b": accumulate}
+  tx = optax.adamw(1e-4)
+  encoders = {"original": params["image_encoder"],
+              "first": first["image_encoder"]}  # fmt: skip
+  for name, student, settings in (
+    ("step_1", first, first_settings), ("step_2", small, small_settings),
+  ):  # fmt: skip
+    stage = stages.stage_of(name, "fixed")
+    roles = stages.Roles(
+      settings.encoder, cfg, first_settings.encoder, compute, compute
+    )
+    given = {
+      key: jax.device_put(jax.tree.map(
+        lambda a: np.asarray(a, DTYPES[args.dtype]), own))
+      for key, own in encoders.items()
+      if key == "original" or name == "step_2"
+    }  # fmt: skip
+
+    def make_step(loss: Any) -> Any:
+      return make_train_step(loss, tx, RngStreams(0))
+
+    choice = stages.make_steps(
+      stage, make_step, roles, given, steps_per_epoch=1
+    )
+    for epoch, what in ((0, "with features"), (12, "the embedding")):
+      state = [TrainState.create(
+        jax.device_put(student["image_encoder"]), tx)]  # fmt: skip
+
+      def run(state: Any = state, step: Any = choice.choose(epoch)) -> Any:
+        state[0], metrics = step(state[0], batch)
+        jax.block_until_ready((state[0], metrics))
+
+      made[f"{name}, {what}"] = run
+  return made
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--parts", default=",".join(PARTS))
+  add("--models", default=",".join(MODELS), help="of the part encoder")
+  add("--rounds", type=int, default=7)
+  add("--batch", type=int, default=1, help="images at once")
+  add("--dtype", default="float32", choices=sorted(DTYPES))
+  add("--compile", action="store_true", help="torch.compile as well")
+  add("--no_segment_anything", action="store_true", help="in part encoder")
+  add("--everything_models", default="vit_p77,vit_b")
+  add("--everything_rounds", type=int, default=3)
+  add("--image_size", type=int, default=1024 if GPU else 512, help="of steps")
+  add("--steps_batch", type=int, default=4 if GPU else 1)
+  add("--steps_rounds", type=int, default=5)
+  args = parser.parse_args()
+  unknown = set(args.parts.split(",")) - set(PARTS)
+  if unknown:
+    parser.error(f"--parts: {', '.join(sorted(unknown))}: of {PARTS}")
+  rows: list[Any] = []
+  with tempfile.TemporaryDirectory() as cache:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    for part in args.parts.split(","):
+      print(f"# {part}", flush=True)
+      if part in ("blocks", "encoder"):
+        rows += table({"blocks": blocks, "encoder": encoders}[part](args), args)
+      else:
+        rows += {"everything": everything, "steps": steps}[part](args)
+  seconds = {
+    row["case"]: row["seconds"]
+    for row in rows
+    if row.get("candidate") == "ours"
+  }
+  last = []
+  if {"vit_p50", "vit_b"} <= set(seconds) and not GPU:
+    ratio = seconds["vit_p50"] / seconds["vit_b"]
+    last.append(gate("vit_p50 over vit_b", ratio, HALF))
+  versions = {
+    name: __import__(name).__version__
+    for name in ("jax", "torch", "transformers")
+    if has(name)
+  }
+  line = {
+    "benchmark": "sam", "python": platform.python_version(), **versions,
+    "device": jax.devices()[0].device_kind,
+    "cores": len(os.sched_getaffinity(0)), **vars(args), "rows": rows,
+    "gates": last,
+  }  # fmt: skip
+  print(json.dumps(line))
+  gates = last + [g for row in rows for g in row.get("gates", ())]
+  return 0 if all(g["holds"] for g in gates) else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
