@@ -10,6 +10,7 @@ Anything's image encoder, `add_decomposed_rel_pos`).
 
 import dataclasses
 import functools
+import importlib.util
 import math
 
 import einops
@@ -77,11 +78,17 @@ def attend(
   kernel = functools.partial(_by_kernel, window=window, how=how)
   if how.kernel != "auto":
     return kernel(qkv, tables, bias)
-  if jnp.dtype(qkv.dtype).itemsize > 2:
+  if jnp.dtype(qkv.dtype).itemsize > 2 or not _has_triton():
     return plain(qkv, tables, bias)
   return jax.lax.platform_dependent(
     qkv, tables, bias, cuda=kernel, default=plain
   )
+
+
+@functools.cache
+def _has_triton() -> bool:
+  """Jax 0.11 announces that a later one will not have it."""
+  return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def _by_kernel(

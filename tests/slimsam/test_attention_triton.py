@@ -9,10 +9,13 @@ import pytest
 
 from common.errors import UserError
 from common.parallel import make_mesh
-from slimsam import attention_triton
+from slimsam import attention, attention_triton
 from slimsam.attention import TEXTBOOK, How, attend
 from slimsam.attention_triton import Blocks
 
+pytest.importorskip("jax.experimental.pallas.triton")
+# Jax 0.11 announces that it will go.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
 KERNEL = How(kernel="interpret")
 CUDA = jax.sharding.AbstractMesh(
   (), (), (),
@@ -110,6 +113,15 @@ def test_it_is_taken_in_16_bits_on_gpus(platform, dtype, taken, window):
     )
     text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert ("windowed_attention" in text) == taken
+
+
+def test_without_it_there_is_the_plain_form(monkeypatch):
+  monkeypatch.setattr(attention, "_has_triton", lambda: False)
+  given = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), case(6, 0))
+  with jax.sharding.use_abstract_mesh(CUDA):
+    traced = jax.jit(lambda *args: attend(*args, 0, How())).trace(*given)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "windowed_attention" not in text
 
 
 def test_kernels_are_named():
