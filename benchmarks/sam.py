@@ -7,20 +7,19 @@
 Parts:
 
     blocks       a windowed and a global block of ViT-B
-    encoder      the image encoder of ViT-B and of the uniform SlimSAM-50 and -77
+    encoder      the image encoders of ViT-B and of the uniform SlimSAM-50, -77
     everything   all masks of one image, beside segment-anything's generator
-    steps        importance and distillation, without a peer
 
 The peers are transformers' SamModel (scaled_dot_product_attention) and
 segment-anything, in the same process and on the same device; a peer that is not
 installed is left out. Every round runs every candidate once, one after the
-other; printed are medians, and over ours the ratios of medians and, in brackets,
-of the least. `apart` is how far results are from ours; `temp` is memory beyond
-parameters, input and output: ours as the compiler plans it, torch's as its
-allocator saw it, which only a GPU's tells. A gate is missed when both ratios
-are above it. The last line is JSON; the exit status is 1 where a gate is
-missed. The first lines say what compiling takes, from nothing and from the
-cache on disk.
+other; printed are medians, and over ours the ratios of medians and, in
+brackets, of the least. `apart` is how far results are from ours; `temp` is
+memory beyond parameters, input and output: ours as the compiler plans it,
+torch's as its allocator saw it, which only a GPU's tells. A gate is missed when
+both ratios are above it. The last line is JSON; the exit status is 1 where a
+gate is missed. The first lines say what compiling takes, from nothing and from
+the cache on disk.
 """
 
 import argparse
@@ -41,13 +40,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from slimsam import encoder as encoder_lib
 from slimsam.encoder import DTYPES, Compute, encode
 from slimsam.settings import SamSettings, preset
 
-PARTS = ("blocks", "encoder", "everything", "steps")
+PARTS = ("blocks", "encoder", "everything")
 MODELS = ("vit_p77", "vit_p50", "vit_b")
 MIB = 2**20
 # Ours over transformers', and of a pruned encoder over the whole one.
@@ -64,18 +62,23 @@ class Case(NamedTuple):
   """Candidates for one piece of work.
 
   Attributes:
-    runs: by name, `ours` first; each returns a NumPy result.
-    waits: by name, the same without bringing the result to the host.
+    ours: compiled.
+    peers: by name.
     gate: of ours over transformers', at most.
-    temp: ours, in bytes, and what it may be at most.
+    temp: bytes that ours may have beyond parameters, input and output.
     images: of a call.
   """
 
-  runs: dict[str, Callable[[], Any]]
-  waits: dict[str, Callable[[], Any]]
-  gate: float | None = None
-  temp: tuple[int, float | None] | None = None
-  images: int = 1
+  ours: Any
+  peers: dict[str, Any]
+  gate: float | None
+  temp: float | None
+  images: int
+
+  @property
+  def all(self) -> dict[str, Any]:
+    """Ours first."""
+    return {"ours": self.ours, **self.peers}
 
 
 def draw(settings: SamSettings) -> Any:
@@ -179,6 +182,7 @@ class Torch:
     return out
 
   def run(self) -> np.ndarray:
+    before = 0
     if GPU:
       self._torch.cuda.reset_peak_memory_stats()
       before = self._torch.cuda.memory_allocated()
@@ -211,18 +215,6 @@ class Ours:
     return np.asarray(self.wait().astype(jnp.float32))
 
 
-def case_of(
-  ours: Ours, peers: dict[str, Torch], **more: Any
-) -> tuple[Case, Ours, dict[str, Torch]]:
-  both: dict[str, Any] = {"ours": ours, **peers}
-  case = Case(
-    {name: own.run for name, own in both.items()},
-    {name: own.wait for name, own in both.items()},
-    **more,
-  )
-  return case, ours, peers
-
-
 def blocks(args: argparse.Namespace) -> dict[str, Any]:
   """ViT-B's first windowed and first global block."""
   settings = preset("vit_b")
@@ -248,10 +240,9 @@ def blocks(args: argparse.Namespace) -> dict[str, Any]:
     if layers is not None:
       peers["transformers"] = Torch(layers[index], x, args.dtype, first=True)
     limit = temp * args.batch if temp and not GPU else None
-    made[f"{name} block"] = case_of(
-      ours, peers, gate=None if GPU else gate, temp=(ours.temp, limit),
-      images=args.batch,
-    )  # fmt: skip
+    made[f"{name} block"] = Case(
+      ours, peers, None if GPU else gate, limit, args.batch
+    )
   return made
 
 
@@ -290,56 +281,50 @@ def encoders(args: argparse.Namespace) -> dict[str, Any]:
         model, channels_first, args.dtype, first=True
       )
     gate = 1.0 if GPU else ENCODER
-    limit = P77_TEMP * args.batch if name == "vit_p77" else None
-    made[name] = case_of(
-      ours, peers, gate=gate if name != "vit_p50" else None,
-      temp=(ours.temp, limit), images=args.batch,
-    )  # fmt: skip
+    made[name] = Case(
+      ours,
+      peers,
+      gate if name != "vit_p50" else None,
+      P77_TEMP * args.batch if name == "vit_p77" else None,
+      args.batch,
+    )
   return made
 
 
 def measure(
-  cases: dict[str, Case], rounds: int
+  cases: dict[str, dict[str, Callable[[], Any]]], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
   """Seconds, by case and candidate."""
-  times = {
-    name: {own: [] for own in case.waits} for name, case in cases.items()
-  }
+  times = {name: {own: [] for own in runs} for name, runs in cases.items()}
   for _ in range(rounds):
-    for name, case in cases.items():
-      for own, wait in case.waits.items():
+    for name, runs in cases.items():
+      for own, run in runs.items():
         time.sleep(PAUSE_S)
         start = time.perf_counter()
-        wait()
+        run()
         times[name][own].append(time.perf_counter() - start)
   return times
 
 
-def table(made: dict[str, Any], args: argparse.Namespace) -> list[Any]:
+def table(made: dict[str, Case], args: argparse.Namespace) -> list[Any]:
   """Runs, prints and judges; the rows."""
-  for name, (_, ours, _) in made.items():
-    compiled = ", ".join(f"{k} {v:.1f} s" for k, v in ours.compile_s.items())
-    print(f"compiled {name}: {compiled}", flush=True)
-  cases = {name: case for name, (case, _, _) in made.items()}
-  apart = {}
-  for name, case in cases.items():
-    results = {own: run() for own, run in case.runs.items()}
-    apart[name] = {
-      own: float(np.abs(
-        np.moveaxis(value, 1, -1) - results["ours"]
-        if value.shape != results["ours"].shape else value - results["ours"]
-      ).max())
-      for own, value in results.items()
-    }  # fmt: skip
-  times = measure(cases, args.rounds)
+  for name, case in made.items():
+    compiled = [f"{k} {v:.1f} s" for k, v in case.ours.compile_s.items()]
+    print(f"compiled {name}: {', '.join(compiled)}", flush=True)
+  apart = {name: differences(case) for name, case in made.items()}
+  runs = {
+    name: {own: one.wait for own, one in case.all.items()}
+    for name, case in made.items()
+  }
+  times = measure(runs, args.rounds)
   print(
     f"{'':15s} {'':23s}      ms  images/s  over ours (least)  apart  temp MiB"
   )
   rows = []
-  for name, (case, ours, peers) in made.items():
+  for name, case in made.items():
     for own, seconds in times[name].items():
       row = _row(name, own, seconds, times[name]["ours"], case.images)
-      temp = ours.temp if own == "ours" else peers[own].temp
+      temp = case.all[own].temp
       row |= {"apart": apart[name][own], "temp_bytes": temp}
       rows.append(row)
       shown = "–" if temp is None else f"{temp / MIB:.0f}"
@@ -350,6 +335,18 @@ def table(made: dict[str, Any], args: argparse.Namespace) -> list[Any]:
       )
     rows[-len(times[name])]["gates"] = _judge(name, case, times[name])
   return rows
+
+
+def differences(case: Case) -> dict[str, float]:
+  """How far the results of each candidate are from ours, at most."""
+  expected = case.ours.run()
+  made = {}
+  for own, one in case.all.items():
+    found = one.run()
+    if found.shape != expected.shape:  # channels first
+      found = np.moveaxis(found, 1, -1)
+    made[own] = float(np.abs(found - expected).max())
+  return made
 
 
 def _row(
@@ -377,8 +374,9 @@ def _judge(
       min(ours) / min(theirs),
     )
     found.append(gate(f"{name} over transformers'", min(ratios), case.gate))
-  if case.temp is not None and case.temp[1] is not None:
-    found.append(gate(f"{name}: MiB", case.temp[0] / MIB, case.temp[1] / MIB))
+  if case.temp is not None:
+    own, limit = case.ours.temp / MIB, case.temp / MIB
+    found.append(gate(f"{name}: MiB", own, limit))
   return found
 
 
@@ -403,11 +401,8 @@ def everything(args: argparse.Namespace) -> list[Any]:
     predictor = Predictor(params, settings, Compute(DTYPES[args.dtype]))
     cuts = thresholds(predictor, image)
     runs: dict[str, Callable[[], Any]] = {}
-    for own, more in (
-      ("ours", {}),
-      ("ours, low_res", {"stability_at": "low_res"}),
-    ):
-      made = AutomaticMaskGenerator(predictor, **cuts, **more)
+    for own, at in (("ours", "original"), ("ours, low_res", "low_res")):
+      made = AutomaticMaskGenerator(predictor, stability_at=at, **cuts)
       runs[own] = functools.partial(made.generate, image)
     if has("segment_anything"):
       from segment_anything import SamAutomaticMaskGenerator  # type: ignore
@@ -417,8 +412,7 @@ def everything(args: argparse.Namespace) -> list[Any]:
       )
       runs["segment-anything"] = functools.partial(theirs.generate, image)
     counts = {own: len(run()) for own, run in runs.items()}
-    case = Case(runs, runs)
-    times = measure({name: case}, args.everything_rounds)[name]
+    times = measure({name: runs}, args.everything_rounds)[name]
     for own, seconds in times.items():
       row = _row(f"everything, {name}", own, seconds, times["ours"], 1)
       row |= {"masks": counts[own], "thresholds": cuts}
@@ -447,7 +441,7 @@ def picture() -> np.ndarray:
   return (255 * made).astype(np.uint8)
 
 
-def thresholds(predictor: Any, image: np.ndarray) -> dict[str, float]:
+def thresholds(predictor: Any, image: np.ndarray) -> dict[str, Any]:
   """Half of the masks are good enough, and a quarter stable as well: about as
   many as of a trained model, which random weights with the usual thresholds
   would not give.
@@ -461,107 +455,6 @@ def thresholds(predictor: Any, image: np.ndarray) -> dict[str, float]:
   good = np.asarray(made.logits)[np.asarray(made.iou) > iou]
   stable = float(np.quantile(np.asarray(stability(good)), 0.5))
   return {"pred_iou_thresh": iou, "stability_score_thresh": stable}
-
-
-def steps(args: argparse.Namespace) -> list[Any]:
-  """Importance, and the updates of SlimSAM-77 from ViT-B."""
-  rows = []
-  for name, run in make_steps(args).items():
-    start = time.perf_counter()
-    run()
-    first = time.perf_counter() - start
-    seconds = []
-    for _ in range(args.steps_rounds):
-      start = time.perf_counter()
-      run()
-      seconds.append(time.perf_counter() - start)
-    row = {
-      "case": f"step, {name}", "first": first, "image_size": args.image_size,
-      "batch": args.steps_batch, "seconds": statistics.median(seconds),
-      "images_per_second": args.steps_batch / statistics.median(seconds),
-    }  # fmt: skip
-    rows.append(row)
-    print(
-      f"step, {name:28s} {1e3 * row['seconds']:8.0f} ms "
-      f"{row['images_per_second']:7.2f} images/s  first call {first:.1f} s",
-      flush=True,
-    )
-  return rows
-
-
-def make_steps(args: argparse.Namespace) -> dict[str, Callable[[], Any]]:
-  import dataclasses
-
-  from common.rngs import RngStreams
-  from common.state import TrainState
-  from common.step import make_train_step
-  from slimsam import importance, stages
-  from slimsam.groups import encoder_groups
-  from slimsam.prune import prune_model
-  from slimsam.select import kept_width
-
-  whole = preset("vit_b")
-  cfg = dataclasses.replace(whole.encoder, image_size=args.image_size)
-  whole = dataclasses.replace(whole, encoder=cfg)
-  params = {"image_encoder": draw(whole)["image_encoder"]}
-  d, f = (kept_width(n, 0.77, 12) for n in (768, 3072))
-  first, first_settings = prune_model(params, whole, {"embedding": range(d)})
-  keep = {f"qkv/{i}": range(d // 12) for i in range(12)}
-  keep |= {f"mlp/{i}": range(f) for i in range(12)}
-  small, small_settings = prune_model(first, first_settings, keep)
-  rng = np.random.default_rng(3)
-  shape = (args.steps_batch, cfg.image_size, cfg.image_size, 3)
-  batch = jax.device_put({
-    "images": rng.normal(size=shape).astype(np.float32),
-    "ids": np.arange(args.steps_batch, dtype=np.int32),
-    "weights": np.ones(args.steps_batch, np.float32),
-  })  # fmt: skip
-  compute = Compute(DTYPES[args.dtype], remat=True)
-  groups = encoder_groups(whole)
-  add = importance.make_accumulate(
-    importance.disturbed_loss(whole, compute), groups
-  )
-  sums = [importance.zero_sums(params, groups)]
-  placed = jax.device_put(params)
-
-  def accumulate() -> Any:
-    sums[0] = add(sums[0], placed, batch, jax.random.key(0))
-    jax.block_until_ready(sums[0])
-
-  made: dict[str, Callable[[], Any]] = {"importance, vit_b": accumulate}
-  tx = optax.adamw(1e-4)
-  encoders = {"original": params["image_encoder"],
-              "first": first["image_encoder"]}  # fmt: skip
-  for name, student, settings in (
-    ("step_1", first, first_settings), ("step_2", small, small_settings),
-  ):  # fmt: skip
-    stage = stages.stage_of(name, "fixed")
-    roles = stages.Roles(
-      settings.encoder, cfg, first_settings.encoder, compute, compute
-    )
-    given = {
-      key: jax.device_put(jax.tree.map(
-        lambda a: np.asarray(a, DTYPES[args.dtype]), own))
-      for key, own in encoders.items()
-      if key == "original" or name == "step_2"
-    }  # fmt: skip
-
-    def make_step(loss: Any) -> Any:
-      return make_train_step(loss, tx, RngStreams(0))
-
-    choice = stages.make_steps(
-      stage, make_step, roles, given, steps_per_epoch=1
-    )
-    for epoch, what in ((0, "with features"), (12, "the embedding")):
-      state = [TrainState.create(
-        jax.device_put(student["image_encoder"]), tx)]  # fmt: skip
-
-      def run(state: Any = state, step: Any = choice.choose(epoch)) -> Any:
-        state[0], metrics = step(state[0], batch)
-        jax.block_until_ready((state[0], metrics))
-
-      made[f"{name}, {what}"] = run
-  return made
 
 
 def main() -> int:
@@ -578,9 +471,6 @@ def main() -> int:
   add("--no_segment_anything", action="store_true", help="in part encoder")
   add("--everything_models", default="vit_p77,vit_b")
   add("--everything_rounds", type=int, default=3)
-  add("--image_size", type=int, default=1024 if GPU else 512, help="of steps")
-  add("--steps_batch", type=int, default=4 if GPU else 1)
-  add("--steps_rounds", type=int, default=5)
   args = parser.parse_args()
   unknown = set(args.parts.split(",")) - set(PARTS)
   if unknown:
@@ -594,7 +484,7 @@ def main() -> int:
       if part in ("blocks", "encoder"):
         rows += table({"blocks": blocks, "encoder": encoders}[part](args), args)
       else:
-        rows += {"everything": everything, "steps": steps}[part](args)
+        rows += everything(args)
   seconds = {
     row["case"]: row["seconds"]
     for row in rows

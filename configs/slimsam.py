@@ -5,6 +5,7 @@ Variants, to be combined with commas (`configs/slimsam.py:vit_b_77,one_step`):
   (none)      trains a small teacher on composited photographs, then slims it:
               minutes on a laptop
   smoke       the same code path in less than a minute
+  small       to compare ways to slim on: see `slimsam.compare`
   vit_b_50, vit_b_77, vit_h_77
               Segment Anything on SA-1B at the published settings; give
               `--config.teacher.path` and `--config.data.source.path`
@@ -45,6 +46,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.evaluation.best = "miou/gt/point/single"
   config.evaluation.every = 1  # epochs
 
+  config.compare = _compare()
+
   config.export = ("native", "hf")  # what the end leaves, of native, hf, pth
 
   config.log = ConfigDict({"every": 20, "tensorboard": False})
@@ -72,11 +75,11 @@ def _teacher() -> ConfigDict:
   config.decoder_heads = 8
   config.decoder_mlp_width = 256
 
-  config.num_steps = 3000
+  config.num_steps = 2000
   config.rows = 16
   config.prompts = 3  # of each image in a batch
   config.every = 500  # updates between two evaluations
-  config.optim = _optim(lr=1e-3, schedule="cosine", warmup_steps=200)
+  config.optim = _optim(lr=2e-3, schedule="cosine", warmup_steps=100)
   return config
 
 
@@ -106,6 +109,7 @@ def _data() -> ConfigDict:
   config.workers = 0  # processes that make batches; 0: one thread
   config.threads = 0  # that decode the images of a batch
   config.prefetch = 2
+  config.memory = 256  # megabytes of images kept in memory, in each process
   return config
 
 
@@ -146,6 +150,7 @@ def _distill() -> ConfigDict:
   config.accum = 1  # micro-batches an update
   config.dtype = "float32"  # of the student's computation
   config.teacher_dtype = "float32"
+  config.cache_targets = False  # the teacher's embeddings: found once, on disk
   config.remat = False  # of plain epochs; compared features always are
   config.optim = _optim(lr=1e-3, schedule="constant")
   return config
@@ -171,6 +176,53 @@ def _optim(**changes) -> ConfigDict:
   return config
 
 
+def _compare() -> ConfigDict:
+  """What `python -m slimsam.compare` runs."""
+  config = ConfigDict()
+  config.systems = (
+    "alternate, one_step, disturbed_sq, taylor, magnitude, random, "
+    "no_intermediate, global, paper, reference, ratio_30, ratio_40, ratio_60, "
+    "ratio_70, ratio_80, ratio_90, one_step_80, magnitude_80, random_80, "
+    "global_80"
+  )
+  config.seeds = 3
+  config.first_seed = 0
+  config.baseline = "alternate"  # of a column of differences
+  # Validation images after those of `evaluation.images`.
+  config.test_images = 200
+  config.pictures = 5  # images whose masks are drawn
+  config.keep_checkpoints = False
+  # What makes each system of the configuration: `key=value`, `key*=number`.
+  at_80 = "prune.ratio=0.8"
+  one_step = ("distill.stages=('one_step',)", "distill.epochs*=2")
+  config.settings = ConfigDict(
+    {
+      "alternate": (),
+      "one_step": one_step,
+      "disturbed_sq": ("importance.kind=disturbed_sq",),
+      "taylor": ("importance.kind=taylor",),
+      "magnitude": ("importance.kind=magnitude",),
+      "random": ("importance.kind=random",),
+      "no_intermediate": ("distill.intermediate=False",),
+      "global": ("prune.scope=global",),
+      "paper": ("distill.preset=paper",),
+      "reference": (
+        "distill.preset=reference",
+        "prune.by_residue=True",
+        "prune.rel_pos=zero",
+        "prune.fold_scale=False",
+      ),
+      **{f"ratio_{n}": (f"prune.ratio={n / 100}",)
+         for n in (30, 40, 60, 70, 80, 90)},
+      "one_step_80": (*one_step, at_80),
+      "magnitude_80": ("importance.kind=magnitude", at_80),
+      "random_80": ("importance.kind=random", at_80),
+      "global_80": ("prune.scope=global", at_80),
+    }
+  )  # fmt: skip
+  return config
+
+
 def smoke(config: ConfigDict) -> None:
   """The same code path in less than a minute."""
   config.teacher.update({"width": 16, "depth": 2, "heads": 2, "mlp_width": 32})
@@ -179,12 +231,21 @@ def smoke(config: ConfigDict) -> None:
   config.teacher.update({"num_steps": 12, "rows": 8, "every": 6})
   config.teacher.optim.warmup_steps = 4
   config.data.source.update({"length": 40, "size": 32})
-  config.data.source.valid.length = 6
+  config.data.source.valid.length = 10
   config.data.update({"rows": 8, "images": 16})
   config.importance.update({"images": 16})
   config.distill.epochs = 3
   config.evaluation.images = 6
+  config.compare.update({"test_images": 4, "pictures": 2})
   config.log.every = 2
+
+
+def small(config: ConfigDict) -> None:
+  """Small enough to be run many times, with images to test on."""
+  config.data.source.valid.length = 250
+  config.distill.epochs = 12
+  config.evaluation.update({"images": 30, "every": 2})
+  config.evaluation.prompts = ("point", "box")
 
 
 def _published(ratio: float, epochs: int, teacher: str):
@@ -232,6 +293,7 @@ def global_(config: ConfigDict) -> None:
 
 VARIANTS = {
   "smoke": smoke,
+  "small": small,
   "vit_b_50": _published(0.5, 20, "sam_vit_b_01ec64.pth"),
   "vit_b_77": _published(0.77, 40, "sam_vit_b_01ec64.pth"),
   "vit_h_77": _published(0.77, 40, "sam_vit_h_4b8939.pth"),

@@ -7,6 +7,7 @@ or workers: the data position is k.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from concurrent import futures
 from typing import Any
@@ -67,6 +68,92 @@ class ImageExample:
       "images": preprocess(sample.image, self.size),
       "ids": np.int32(number),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets(Sequence):
+  """Image embeddings in ArrayRecord files, by the numbers of their images.
+
+  It may be sent to other processes, and threads may share it.
+
+  Attributes:
+    files: in their order.
+    per_file: embeddings in each but the last.
+    length: embeddings in all.
+    shape: of one, (g, g, c).
+    dtype: its name.
+    remedy: what helps where a file is damaged.
+  """
+
+  files: tuple[str, ...]
+  per_file: int
+  length: int
+  shape: tuple[int, ...]
+  dtype: str
+  remedy: str
+
+  def __len__(self) -> int:
+    return self.length
+
+  def __getitem__(self, i: int) -> np.ndarray:  # type: ignore[override]
+    """[g g c].
+
+    Raises:
+      UserError: for a file that is damaged.
+    """
+    import jax.numpy as jnp
+
+    if not 0 <= i < self.length:
+      raise IndexError(f"embedding {i} of {self.length}")
+    file, place = divmod(i, self.per_file)
+    try:
+      record = self._readers[file][place]
+      found = np.frombuffer(record, jnp.dtype(self.dtype))
+      return found.reshape(self.shape)
+    except (RuntimeError, ValueError) as error:
+      raise self._damaged(self.files[file]) from error
+
+  def check(self) -> None:
+    """Raises `UserError` for a file that is missing, or is not whole."""
+    for i, (file, reader) in enumerate(zip(self.files, self._readers)):
+      held = min(self.per_file, self.length - i * self.per_file)
+      if len(reader) != held:
+        raise self._damaged(file)
+
+  @functools.cached_property
+  def _readers(self) -> list[Any]:
+    return [self._reader(file) for file in self.files]
+
+  def _reader(self, file: str) -> Any:
+    import grain
+
+    try:
+      return grain.sources.ArrayRecordDataSource([file])
+    except (RuntimeError, ValueError) as error:
+      raise self._damaged(file) from error
+
+  def _damaged(self, file: str) -> UserError:
+    return UserError(f"{file} is missing or damaged: {self.remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetExample:
+  """An image, and what its embedding is to be.
+
+  Attributes:
+    size: side of the padded image.
+    targets: by the image's number.
+  """
+
+  size: int
+  targets: Sequence[np.ndarray]
+
+  def __call__(
+    self, numbered: tuple[int, Sample], rng: np.random.Generator
+  ) -> Example:
+    """What `ImageExample` makes, and `targets` [g g c]."""
+    made = ImageExample(self.size)(numbered, rng)
+    return made | {"targets": self.targets[numbered[0]]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +239,7 @@ def coarse(mask: np.ndarray, side: int) -> np.ndarray:
 
 def train_loader(
   source: Source,
-  example: ImageExample | PromptedExample,
+  example: ImageExample | TargetExample | PromptedExample,
   *,
   rows: int,
   seed: int,

@@ -24,7 +24,7 @@ from common.nn import Array, Params, dense, norm, plus
 from slimsam.encoder import computed
 from slimsam.settings import DecoderSettings, SamSettings
 
-_CONV_EPSILON = 1e-6  # of the norm between the transposed convolutions
+CONV_EPSILON = 1e-6  # of the norm between the transposed convolutions
 
 
 def decode(
@@ -160,7 +160,7 @@ def _masks(params: Params, image: Array, weights: Array, grid: int) -> Array:
     float32 [b p m 4g 4g].
   """
   x = _doubled(params["conv1"], image)
-  x = norm(params["norm"], x, epsilon=_CONV_EPSILON)
+  x = norm(params["norm"], x, epsilon=CONV_EPSILON)
   x = jax.nn.gelu(x, approximate=False)
   x = _doubled(params["conv2"], x)
   x = jax.nn.gelu(x, approximate=False)

@@ -10,11 +10,17 @@ with `jax.export.deserialize(data).call(…)`; b, p and n are free. Boxes are tw
 points with labels 2 and 3; where there is none, one point with label -1 is to
 be added, as for segment-anything's own ONNX decoder. All masks come, first
 that of prompts which are not ambiguous.
+
+With `--format=onnx` they are `encoder.onnx`, whose axes are torch's, and
+`decoder.onnx`, which stands in for segment-anything's own: see
+`slimsam.onnx_encoder` and `slimsam.onnx_decoder`.
 """
 
+import argparse
 import functools
+import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import app
@@ -23,7 +29,10 @@ from common.errors import UserError
 from common.flags import Parser
 
 EXAMPLE = "python -m slimsam.export models/vit_b exported"
+# Each with the package that writes it.
+FORMATS = {"stablehlo": "flatbuffers", "onnx": "onnx"}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+USUAL = ("cpu", "cuda", "tpu")
 PyTree = Any
 
 
@@ -31,15 +40,25 @@ def make_parser() -> Parser:
   """The flags."""
   parser = Parser(
     "slimsam.export",
-    description="Writes a model as StableHLO: one program for images, one for "
-    "prompts.",
+    description="Writes a model as StableHLO or ONNX: one program for images, "
+    "one for prompts.",
     example=EXAMPLE,
   )
   add = parser.add_argument
   add("model", help="a .pth, or a model's folder")
   add("output", help="a new or empty folder")
-  add("--platforms", default="cpu,cuda,tpu", help="(cpu,cuda,tpu)")
+  add(
+    "--format",
+    default="stablehlo",
+    help="stablehlo, onnx or stablehlo,onnx (stablehlo)",
+  )
+  add("--platforms", help=f"of StableHLO ({','.join(USUAL)})")
   add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
+  add(
+    "--return_single_mask",
+    action="store_true",
+    help="ONNX: the best mask alone (off: all of them)",
+  )
   return parser
 
 
@@ -47,36 +66,87 @@ def main() -> None:
   """Exports a model."""
   parser = make_parser()
   args = parser.parse_args()
-  platforms = args.platforms.split(",")
-  for name in platforms:
-    if name not in PLATFORMS:
-      raise UserError(f"--platforms: {name!r}{did_you_mean(name, PLATFORMS)}")
+  formats = args.format.split(",")
+  platforms = USUAL if args.platforms is None else args.platforms.split(",")
+  _check(parser, args, formats, platforms)
   output = pathlib.Path(args.output).expanduser()
   if output.is_file() or (output.is_dir() and any(output.iterdir())):
     raise UserError(f"{args.output} is there already: name a new one")
 
-  from slimsam.encoder import DTYPES
   from slimsam.weights import load_model
 
+  params, settings = load_model(args.model)
+  writers: dict[str, Callable[[pathlib.Path], int]] = {}
+  if "stablehlo" in formats:
+    made = export(params, settings, platforms=platforms, dtype=args.dtype)
+    for name, program in made.items():
+      data = program.serialize()
+      writers[f"{name}.stablehlo"] = functools.partial(_write_bytes, data)
+  if "onnx" in formats:
+    from slimsam.onnx_decoder import decoder_graph
+    from slimsam.onnx_encoder import encoder_graph
+
+    single = args.return_single_mask
+    decoder = decoder_graph(params, settings, single_mask=single)
+    writers["encoder.onnx"] = encoder_graph(params, settings).write
+    writers["decoder.onnx"] = decoder.write
+  output.mkdir(parents=True, exist_ok=True)
+  for name, write in writers.items():
+    size = write(output / name)
+    print(f"{output / name}: {size / 2**20:.1f} MiB")
+
+
+def _write_bytes(data: bytes, path: pathlib.Path) -> int:
+  return path.write_bytes(data)
+
+
+def _check(
+  parser: Parser,
+  args: argparse.Namespace,
+  formats: Sequence[str],
+  platforms: Sequence[str],
+) -> None:
+  """Refuses what is unknown, does not go together, or is not installed."""
+  from slimsam.encoder import DTYPES
+
+  for name in formats:
+    if name not in FORMATS:
+      raise UserError(f"--format: {name!r}{did_you_mean(name, FORMATS)}")
+  for name in platforms:
+    if name not in PLATFORMS:
+      raise UserError(f"--platforms: {name!r}{did_you_mean(name, PLATFORMS)}")
   if args.dtype not in DTYPES:
     parser.error(f"--dtype={args.dtype} must be one of {', '.join(DTYPES)}")
-  params, settings = load_model(args.model)
-  made = export(params, settings, platforms=platforms, dtype=args.dtype)
-  output.mkdir(parents=True, exist_ok=True)
-  for name, program in made.items():
-    data = program.serialize()
-    (output / f"{name}.stablehlo").write_bytes(data)
-    print(f"{output / name}.stablehlo: {len(data) / 2**20:.1f} MiB")
+  if args.platforms is not None and "stablehlo" not in formats:
+    raise UserError(
+      f"--platforms={args.platforms}: ONNX runs wherever a runtime does; leave "
+      "it out, or add stablehlo to --format"
+    )
+  if args.dtype != "float32" and "onnx" in formats:
+    raise UserError(
+      f"--dtype={args.dtype}: ONNX is written in float32; take "
+      "--format=stablehlo for another"
+    )
+  if args.return_single_mask and "onnx" not in formats:
+    raise UserError(
+      "--return_single_mask is for ONNX: add --format=onnx, or leave it out"
+    )
+  for name in formats:
+    if importlib.util.find_spec(FORMATS[name]) is None:
+      raise UserError(
+        f"--format={name} needs {FORMATS[name]}: "
+        "pip install 'tetrad-jax[export]'"
+      )
 
 
 def export(
   params: PyTree,
   settings: Any,
   *,
-  platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+  platforms: Sequence[str] = USUAL,
   dtype: str = "float32",
 ) -> dict[str, Any]:
-  """The two programs, as `jax.export.Exported`.
+  """The two programs of StableHLO, as `jax.export.Exported`.
 
   Args:
     params: the model's.
@@ -87,9 +157,12 @@ def export(
   import jax
   import jax.numpy as jnp
 
+  from slimsam.attention import How
   from slimsam.encoder import DTYPES, Compute, encode
 
-  cfg, compute = settings.encoder, Compute(DTYPES[dtype])
+  # Kernels have no place in a program that is to be kept.
+  cfg, how = settings.encoder, How(kernel="xla")
+  compute = Compute(DTYPES[dtype], how=how)
   size, grid = cfg.image_size, cfg.grid
 
   def encoder(images: jax.Array) -> jax.Array:

@@ -4,9 +4,12 @@ from common import files
 from common.metrics import read_metrics
 from common.report import FILE_NAME, Plot, ReportSpec, Table, markdown_table
 from common.tree import count_params
+from slimsam import pictures
 from slimsam.cost import encoder_macs
-from slimsam.run import Model, Run
+from slimsam.run import Model, Run, alone
 
+MASKS = "masks.png"
+_PICTURES = 4  # images whose masks are drawn
 PRUNED = "pruned.json"  # how a model was judged when it had just been pruned
 _SHOWN = (
   ("valid/mse", "embedding MSE", "{:.4f}"),
@@ -70,8 +73,9 @@ def write_page(run: Run, original: Model, stages: list[str]) -> str:
   measured = run.measure(original)
   rows = [_row("original", original, measured(
     original.encoder, original.settings))]  # fmt: skip
+  models = {"original": original}
   for name in stages:
-    model = Model.load(run.folder / name / "model")
+    model = models[name] = Model.load(run.folder / name / "model")
     pruned = files.read_json(run.folder / name / PRUNED)
     rows.append(_row(f"{name}, pruned", model, pruned))
     rows.append(_row(f"{name}, trained", model, _best(run, name)))
@@ -89,12 +93,24 @@ def write_page(run: Run, original: Model, stages: list[str]) -> str:
       "held-out images at most: of one mask for a point or a box with the true "
       "mask, of the best of three, and with the mask that the original finds.",
       markdown_table(header, rows),
+      "## Masks",
+      "The first validation images, of each the largest object, found by the "
+      "point drawn; numbers are the IoU with the true mask, in percent.",
+      f"![Masks side by side]({MASKS})",
       "## Trainings",
       "\n".join(links),
     ]
   )
+  _draw_masks(run, models)
   files.replace(run.folder / FILE_NAME, text + "\n")
   return str(run.folder / FILE_NAME)
+
+
+def _draw_masks(run: Run, models: dict[str, Model]) -> None:
+  asked = pictures.questions(run.valid, _PICTURES)
+  with alone():
+    found = {name: pictures.answers(own, asked) for name, own in models.items()}
+  files.replace(run.folder / MASKS, pictures.draw(asked, found))
 
 
 def _parts(run: Run, stages: list[str]) -> list[str]:

@@ -13,11 +13,11 @@ from common import config as config_lib
 from common.parallel import from_host, make_mesh, on_device, shardings
 from slimsam import weights
 from slimsam.data import image_batches, rows_sharding, train_loader
-from slimsam.encoder import PLAIN, encode
+from slimsam.encoder import DTYPES, PLAIN, encode
 from slimsam.evaluation import Evaluator, scalars
 from slimsam.model import RULES, Sam
 from slimsam.settings import EncoderSettings, SamSettings
-from slimsam.sources import Sample, Source, make_source
+from slimsam.sources import Remembered, Sample, Source, make_source
 
 PyTree = Any
 # (the image encoder's parameters, the model's sizes) -> scalars
@@ -26,7 +26,8 @@ Measure = Callable[[PyTree, SamSettings], dict[str, float]]
 # Keys that may change when a run is resumed: batches and numbers stay the same,
 # but for the order of sums on another mesh.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
-        "data.threads", "data.prefetch", "mesh", "export")  # fmt: skip
+        "data.threads", "data.prefetch", "data.memory", "mesh", "export",
+        "distill.cache_targets", "compare")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,9 @@ class Run:
     self.config, self.folder = config, folder
     self.mesh = make_mesh(config.mesh.to_dict())
     self.sharding = rows_sharding(self.mesh)
-    self.train = make_source(config.data.source, "train")
+    self.train = Remembered(
+      make_source(config.data.source, "train"), config.data.memory
+    )
     self.valid = make_source(config.data.source, "valid")
     if any(folder.glob("*/checkpoints/*")):
       config_lib.check_resume(folder, config, free=FREE)
@@ -133,6 +136,13 @@ class Run:
       places,
     )
     return from_host(tree, like)
+
+  def teacher(self, encoder: PyTree) -> PyTree:
+    """NumPy parameters of an image encoder that is followed, where the mesh has
+    them, in the dtype that it computes in.
+    """
+    dtype = DTYPES[self.config.distill.teacher_dtype]
+    return self.placed(jax.tree.map(lambda a: a.astype(dtype), encoder))
 
   def evaluator(self, teacher: Model | None = None) -> Evaluator:
     """Judges masks of the validation images, also against a teacher's."""
@@ -183,6 +193,18 @@ class Run:
 @functools.partial(jax.jit, static_argnames="settings")
 def _embed(encoder: PyTree, images: Any, settings: EncoderSettings) -> Any:
   return encode(encoder, images, settings, PLAIN)
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when every process has come here.
+
+  Args:
+    what: has been done, for errors.
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
 
 
 def alone() -> Any:

@@ -79,6 +79,44 @@ class Source(Sequence):
     return self.read(position % len(self))
 
 
+class Remembered(Source):
+  """A source that keeps what it has read, the first of it that has room.
+
+  Copies that are sent to other processes begin with nothing.
+
+  Args:
+    source: whose samples are kept.
+    megabytes: room for them; 0: nothing is kept.
+  """
+
+  def __init__(self, source: Source, megabytes: float):
+    self._source, self._room = source, int(megabytes * 2**20)
+    self.labelled = source.labelled
+    self._kept: dict[int, Sample] = {}
+    self._left = self._room
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  @property
+  def fingerprint(self) -> str:
+    return self._source.fingerprint
+
+  def read(self, i: int) -> Sample:
+    if i in self._kept:
+      return self._kept[i]
+    sample = self._source[i]
+    codes = sum(len(own.rle["counts"]) + 500 for own in sample.annotations)
+    size = sample.image.nbytes + codes
+    if size <= self._left:
+      self._left -= size
+      self._kept[i] = sample
+    return sample
+
+  def __reduce__(self) -> Any:
+    return Remembered, (self._source, self._room / 2**20)
+
+
 class _Kind(NamedTuple):
   """A reader, and the keys that it takes from a config.
 

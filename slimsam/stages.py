@@ -8,6 +8,10 @@
 A stage's loss is a weighted sum of squared errors, and the weights change by
 epoch. They and the teachers are given to the step, so that one program serves
 all epochs in which features count and another the rest.
+
+Where the original's image embeddings were kept (`slimsam.targets`), the student
+is compared with these in every epoch, also where the original runs because its
+bottlenecks are followed.
 """
 
 import dataclasses
@@ -126,9 +130,9 @@ def make_loss(
   Returns:
     `(params, batch, rngs, given) -> (loss, metrics)`. params: the student's;
     batch: `images` [b size size 3], and `targets` [b g g c] where the
-    original's embeddings were kept; given: `weights` of the terms, `original`
-    and `first`, parameters as far as they are needed. Metrics: loss, and the
-    mean of each term.
+    original's embeddings were kept; given: `weights` of the terms, and the
+    parameters of the teachers that run; see `teachers_of`. Metrics: loss, and
+    the mean of each term.
   """
   terms = stage.terms if with_features else ("embedding",)
 
@@ -181,6 +185,8 @@ def _errors(
     errors["embedding"] = _error(out, target())
   else:
     errors["bottlenecks"] = distill.bottleneck_error(found)
+    if "targets" in batch:
+      errors["embedding"] = _error(out, target())
   return errors
 
 
@@ -191,35 +197,62 @@ def _error(out: Array, target: Array) -> Array:
   return Errors(total, int(np.prod(out.shape[1:]))).mean
 
 
+def teachers_of(
+  stage: Stage, *, with_features: bool, kept: bool
+) -> tuple[str, ...]:
+  """The teachers that run, by their names in `Roles`.
+
+  Args:
+    stage: see `stage_of`.
+    with_features: see `make_loss`.
+    kept: whether batches have the original's embeddings.
+  """
+  names = set() if kept else {"original"}
+  if with_features:
+    names.add("first" if stage.compared == "embeddings" else "original")
+  return tuple(sorted(names))
+
+
 def make_steps(
   stage: Stage,
   make_step: Callable[[Any], Any],
   roles: Roles,
-  given: Mapping[str, Any],
+  given: Mapping[str, PyTree],
   *,
   steps_per_epoch: int,
+  kept: bool = False,
+  place: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> StepChoice:
-  """The steps of a stage: the epoch chooses program and weights.
+  """The steps of a stage: the epoch chooses program, weights and teachers.
 
   Args:
     stage: see `stage_of`.
     make_step: loss -> the jitted step; see `common.step.make_train_step`.
     roles: the encoders.
-    given: `original` and `first`, parameters as far as they are needed.
+    given: parameters of `original` and, in step 2, of `first`.
     steps_per_epoch: updates.
+    kept: whether batches have the original's embeddings, as `targets`.
+    place: puts a teacher's parameters on the devices, before the first step
+      that takes them; before the first that does not they are let go of.
   """
   programs = {
     wanted: make_step(make_loss(stage, roles, with_features=wanted))
     for wanted in (True, False)
   }
+  held: dict[str, PyTree] = {}
 
   def choose(done: int) -> Any:
     epoch = done // steps_per_epoch
     wanted = epoch < stage.feature_epochs
+    names = teachers_of(stage, with_features=wanted, kept=kept)
+    for name in [*held]:
+      if name not in names:
+        del held[name]
+    for name in names:
+      if name not in held:
+        held[name] = place(given[name])
     weights = stage.weights(epoch)
-    seen: dict[str, Any] = {**given, "weights": weights}
-    if not wanted:
-      seen = {"weights": weights[:1], "original": given["original"]}
+    seen = {**held, "weights": weights if wanted else weights[:1]}
     return lambda state, batch: programs[wanted](state, batch, seen)
 
   return StepChoice(choose)

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from common.step import make_train_step
 from common.weights import check_safetensors
 from slimsam import teacher as teacher_lib
 from slimsam import weights
-from slimsam.data import ImageExample, PromptedExample
+from slimsam.data import ImageExample, PromptedExample, TargetExample
 from slimsam.encoder import DTYPES, Compute
 from slimsam.evaluation import scalars
 from slimsam.importance import needs_gradients
@@ -35,9 +35,10 @@ from slimsam.parts import Part, best_params, fit
 from slimsam.plateau import HalveOnPlateau, scale_by_factor
 from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
-from slimsam.run import First, Measure, Model, Run, alone
+from slimsam.run import First, Measure, Model, Run, alone, wait_for_all
 from slimsam.settings import DecoderSettings, SamSettings, uniform
 from slimsam.stages import Roles, Stage, make_steps, stage_of
+from slimsam.targets import kept_targets
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -50,8 +51,9 @@ EXPORTS = {
 _LEAST = {
   "teacher.num_steps": 1, "teacher.rows": 1, "teacher.prompts": 1,
   "teacher.every": 1, "data.rows": 1, "data.images": 0, "data.workers": 0,
-  "data.threads": 0, "data.prefetch": 0, "importance.images": 1,
-  "importance.rows": 1, "importance.sigma": 0, "prune.min_keep": 1,
+  "data.threads": 0, "data.prefetch": 0, "data.memory": 0,
+  "importance.images": 1, "importance.rows": 1, "importance.sigma": 0,
+  "prune.min_keep": 1,
   "distill.epochs": 1, "distill.patience": 0, "distill.accum": 1,
   "evaluation.images": 0, "evaluation.every": 1, "log.every": 1,
   "checkpoint.every": 1, "checkpoint.keep": 1, "profile.start": 0,
@@ -139,6 +141,7 @@ def slimmed(run: Run, stage: Stage, model: Model, original: Model) -> Model:
   """
   folder = run.folder / stage.name
   if not (folder / MODEL / "settings.json").exists():
+    example = _example(run, original)
     cfg, measure = run.config.prune, run.measure(original)
     params, settings = prune_model(
       model.params,
@@ -150,7 +153,7 @@ def slimmed(run: Run, stage: Stage, model: Model, original: Model) -> Model:
     pruned = Model(jax.tree.map(np.asarray, params), settings)
     if not (folder / PRUNED).exists() and jax.process_index() == 0:
       files.write_json(folder / PRUNED, measure(pruned.encoder, settings))
-    part = _stage_part(run, stage, pruned, model, original, measure)
+    part = _stage_part(run, stage, pruned, model, original, example, measure)
     fit(run.config, folder, part)
     _, encoder = best_params(folder, part.best)
     _save(folder, original.with_encoder(encoder), settings)
@@ -160,10 +163,7 @@ def slimmed(run: Run, stage: Stage, model: Model, original: Model) -> Model:
 def _save(folder: pathlib.Path, params: PyTree, settings: SamSettings) -> None:
   if jax.process_index() == 0:
     weights.save_model(folder / MODEL, params, settings)
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(f"saved {folder.name}")
+  wait_for_all(f"saved {folder.name}")
 
 
 def teacher_settings(cfg: Any) -> SamSettings:
@@ -222,18 +222,27 @@ def _teacher_part(run: Run, settings: SamSettings) -> Part:
   )
 
 
+def _example(run: Run, original: Model) -> ImageExample | TargetExample:
+  size = original.settings.encoder.image_size
+  if not run.config.distill.cache_targets:
+    return ImageExample(size)
+  return TargetExample(size, kept_targets(run, original))
+
+
 def _stage_part(
   run: Run,
   stage: Stage,
   pruned: Model,
   first: Model,
   original: Model,
+  example: ImageExample | TargetExample,
   measure: Measure,
 ) -> Part:
   cfg, settings = run.config.distill, pruned.settings
   source = First(run.train, run.config.data.images)
   rows, evaluation = run.config.data.rows, run.config.evaluation
   per_epoch = max(len(source) // rows, 1)
+  every = evaluation.every * per_epoch
   num_steps = cfg.epochs * per_epoch
   tx, rate = make_optimizer(cfg.optim.to_dict(), num_steps)
   tx = optax.chain(tx, scale_by_factor())
@@ -248,14 +257,6 @@ def _stage_part(
     params = from_host(pruned.encoder, state.params)
     return dataclasses.replace(state, params=params)
 
-  def plateau(hook: Any) -> dict[str, Any]:
-    def value(step: int) -> float | None:
-      del step
-      return hook.latest.get(evaluation.best)
-
-    every = evaluation.every * per_epoch
-    return {"plateau": HalveOnPlateau(every, value, patience=cfg.patience)}
-
   key = jax.random.key(run.config.seed)
   make_step = functools.partial(
     make_train_step, tx=tx, streams=RngStreams(run.config.seed), accum=cfg.accum
@@ -263,7 +264,7 @@ def _stage_part(
   return Part(
     name=stage.name,
     num_steps=num_steps,
-    every=evaluation.every * per_epoch,
+    every=every,
     best=evaluation.best,
     mesh=run.mesh,
     rows=rows,
@@ -273,16 +274,31 @@ def _stage_part(
       stage,
       make_step,
       _roles(run, stage, pruned, first, original),
-      _given(run, stage, first, original),
+      {"original": original.encoder, "first": first.encoder},
       steps_per_epoch=per_epoch,
+      kept=cfg.cache_targets,
+      place=run.teacher,
     ),
-    loader=run.loader(source, ImageExample(settings.encoder.image_size), rows),
+    loader=run.loader(source, example, rows),
     evaluate=lambda params: measure(to_host(params), settings),
     learning_rate=rate,
     facts=run.facts,
     report=part_report(stage.name, stage.terms),
-    more=plateau,
+    more=_plateau(every, evaluation.best, cfg.patience),
   )
+
+
+def _plateau(
+  every: int, best: str, patience: int
+) -> Callable[[Any], Mapping[str, Any]]:
+  def more(evaluation: Any) -> Mapping[str, Any]:
+    def value(step: int) -> float | None:
+      del step
+      return evaluation.latest.get(best)
+
+    return {"plateau": HalveOnPlateau(every, value, patience=patience)}
+
+  return more
 
 
 def _roles(
@@ -296,17 +312,3 @@ def _roles(
     Compute(DTYPES[cfg.dtype], cfg.remat),
     Compute(DTYPES[cfg.teacher_dtype]),
   )
-
-
-def _given(
-  run: Run, stage: Stage, first: Model, original: Model
-) -> dict[str, PyTree]:
-  """The teachers' parameters, in the dtype that they compute in."""
-  dtype = DTYPES[run.config.distill.teacher_dtype]
-  teachers = {"original": original}
-  if stage.name == "step_2":
-    teachers["first"] = first
-  return {
-    name: run.placed(jax.tree.map(lambda a: a.astype(dtype), own.encoder))
-    for name, own in teachers.items()
-  }

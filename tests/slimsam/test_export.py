@@ -1,15 +1,18 @@
 """Exported programs: run, they give what the model gives."""
 
+import functools
+import sys
+
 import jax
 import numpy as np
 import pytest
 
-from common.errors import UserError
 from slimsam import export
 from slimsam.model import Sam
 from slimsam.weights import save_model
 
 pytest.importorskip("flatbuffers")
+pytest.importorskip("onnx")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,8 @@ def files(tiny, draw, tmp_path_factory):
   save_model(folder / "model", draw(tiny), tiny)
   with pytest.MonkeyPatch.context() as patch:
     arguments = [str(folder / "model"), str(folder / "out")]
-    patch.setattr("sys.argv", ["export", *arguments, "--platforms=cpu,tpu"])
+    flags = ["--platforms=cpu,tpu", "--format=stablehlo,onnx"]
+    patch.setattr("sys.argv", ["export", *arguments, *flags])
     export.main()
   return folder
 
@@ -30,11 +34,11 @@ def read(folder, name):
 
 def test_they_run_and_agree(files, tiny, draw, images_of):
   """With other numbers of images, prompts and points than one."""
-  params, images, sam = draw(tiny), images_of(tiny, 3), Sam(tiny)
+  images = images_of(tiny, 3)
+  sam = Sam(tiny).bind({"params": draw(tiny)})
   encoder, decoder = (read(files, name) for name in ("encoder", "decoder"))
   assert encoder.platforms == decoder.platforms == ("cpu", "tpu")
-  variables = {"params": params}
-  expected = sam.apply(variables, images, method=sam.encode)
+  expected = jax.jit(sam.encode)(images)
   embeddings = encoder.call(images)
   np.testing.assert_allclose(embeddings, expected, atol=1e-5)
   rng = np.random.default_rng(0)
@@ -48,8 +52,8 @@ def test_they_run_and_agree(files, tiny, draw, images_of):
     "boxes": points[:, :, 2:].reshape(3, 2, 4),
   }  # fmt: skip
   for prompt, more in ((0, {"masks": masks}), (1, {})):
-    own = sam.apply(
-      variables, expected, **given, **more, multimask=None, method=sam.decode
+    own = jax.jit(functools.partial(sam.decode, multimask=None))(
+      expected, **given, **more
     )
     np.testing.assert_allclose(
       logits[:, prompt], own.logits[:, prompt], atol=1e-4
@@ -57,13 +61,58 @@ def test_they_run_and_agree(files, tiny, draw, images_of):
     np.testing.assert_allclose(iou[:, prompt], own.iou[:, prompt], atol=1e-4)
 
 
-def test_mistakes_are_refused(files, monkeypatch):
-  for arguments, message in (
-    (("out2", "--platforms=gpu"), "--platforms: 'gpu'"),
-    (("out2", "--dtype=float16"), "--dtype=float16 must be"),
-    (("out",), "there already"),
-  ):
-    paths = [str(files / "model"), str(files / arguments[0])]
-    monkeypatch.setattr("sys.argv", ["export", *paths, *arguments[1:]])
-    with pytest.raises(UserError, match=message):
-      export.main()
+def test_both_formats_come_at_once(files):
+  """What the ONNX graphs compute is tested in test_onnx.py."""
+  assert {file.name for file in (files / "out").iterdir()} == {
+    f"{name}.{kind}"
+    for name in ("encoder", "decoder")
+    for kind in ("stablehlo", "onnx")
+  }
+
+
+def test_no_kernel_is_kept(tiny, draw):
+  """Also where it would be taken: in 16 bits, on a GPU."""
+  made = export.export(
+    draw(tiny), tiny, platforms=("cpu", "cuda"), dtype="bfloat16"
+  )
+  assert made["encoder"].platforms == ("cpu", "cuda")
+  assert "windowed_attention" not in made["encoder"].mlir_module()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["out2", "--platforms=gpu"], "--platforms: 'gpu'"),
+    (["out2", "--platforms="], "--platforms: ''"),
+    (["out2", "--dtype=float16"], "--dtype=float16 must be"),
+    (["out"], "there already"),
+    (["out2", "--format=onx"], "did you mean 'onnx'"),
+    (["out2", "--format=onnx", "--platforms=cpu"], "leave it out"),
+    (["out2", "--format=onnx", "--dtype=bfloat16"], "--format=stablehlo"),
+    (["out2", "--format=stablehlo,onnx", "--dtype=bfloat16"], "in float32"),
+    (["out2", "--return_single_mask"], "add --format=onnx"),
+  ],
+)
+def test_mistakes_are_refused(files, arguments, message, monkeypatch, one_line):
+  paths = [str(files / "model"), str(files / arguments[0])]
+  monkeypatch.setattr("sys.argv", ["export", *paths, *arguments[1:]])
+  assert message in one_line(export.main)
+  assert not (files / "out2").exists()
+
+
+@pytest.mark.parametrize(
+  ("flags", "package", "message"),
+  [
+    ([], "flatbuffers", "--format=stablehlo needs flatbuffers"),
+    (["--format=onnx"], "onnx", "--format=onnx needs onnx"),
+  ],
+)
+def test_a_missing_package_is_one_line(
+  flags, package, message, monkeypatch, one_line
+):
+  """That comes before the model is read: there is none."""
+  monkeypatch.setitem(sys.modules, package, None)
+  monkeypatch.setattr("sys.argv", ["export", "model", "out", *flags])
+  assert one_line(export.main) == (
+    f"{message}: pip install 'tetrad-jax[export]'"
+  )

@@ -10,6 +10,7 @@ from slimsam import listing
 from slimsam.sources import (
   KINDS,
   SPLITS,
+  Remembered,
   Sample,
   Source,
   fingerprint_of,
@@ -49,6 +50,25 @@ def test_a_source_is_a_sequence():
       source[i]
   with pytest.raises(TypeError):
     source[1.0]
+
+
+def test_what_was_read_is_kept_while_there_is_room():
+  reads = []
+
+  class Counted(Numbers):
+    def read(self, i):
+      reads.append(i)
+      return super().read(i)
+
+  source = Remembered(Counted(), megabytes=7 / 2**20)  # of 3 bytes each
+  expected = [sample.name for sample in Numbers()]
+  for _ in range(2):
+    assert [sample.name for sample in source] == expected
+  assert reads == [0, 1, 2, 3, 4, 2, 3, 4]
+  assert source.fingerprint == Numbers().fingerprint
+  assert not source.labelled
+  empty = pickle.loads(pickle.dumps(Remembered(Numbers(), 1)))
+  assert empty[3].name == "n3"
 
 
 def test_a_source_must_say_what_it_reads():

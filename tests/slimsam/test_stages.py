@@ -1,5 +1,8 @@
 """Stages: the loss of each epoch against its terms, programs, baselines."""
 
+import dataclasses
+import weakref
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -106,6 +109,27 @@ def test_step_2_follows_both(trees, images_of, tiny, preset):
   np.testing.assert_allclose(kept, loss, rtol=1e-6)
 
 
+def test_kept_targets_count_where_the_original_runs(trees, images_of, tiny):
+  """Step 1 follows its bottlenecks; the embedding is compared with what was
+  kept, as in all other epochs.
+  """
+  stage, images = stage_of("step_1", "fixed"), images_of(tiny)
+  run = make_loss(stage, roles_of(trees, "step_1"), with_features=True)
+  own, targets = (
+    encode(trees[k][0], images, trees[k][1]) for k in ("step_1", "original")
+  )
+  found = {}
+  for shift in (0, 1):
+    batch = {"images": images, "targets": targets + shift}
+    given = given_of(trees, stage, 3)
+    _, metrics = run(trees["step_1"][0], batch, {}, given)
+    found[shift] = {name: float(mean.total) for name, mean in metrics.items()}
+    expected = square(own, targets + shift).sum()
+    assert found[shift]["embedding"] == pytest.approx(expected, rel=1e-5)
+  for name in ("qkv_windowed", "qkv_global", "hidden"):
+    assert found[0][name] == found[1][name] > 0
+
+
 @pytest.mark.parametrize("name", ["step_1", "step_2"])
 def test_in_the_end_and_without_features_the_embedding_counts(
   trees, images_of, tiny, name
@@ -150,6 +174,55 @@ def test_epochs_choose_weights_and_compile_nothing(trees, images_of, tiny):
   assert losses[0] == losses[1] != losses[2]
   assert losses[20] == losses[23]
   assert [program._cache_size() for program in programs] == [1, 1]
+
+
+# The teachers that run while features count, and afterwards.
+TEACHERS = [
+  ("step_1", False, {"original"}, {"original"}),
+  ("step_2", False, {"original", "first"}, {"original"}),
+  ("one_step", False, {"original"}, {"original"}),
+  ("step_1", True, {"original"}, set()),
+  ("step_2", True, {"first"}, set()),
+  ("one_step", True, set(), set()),
+]
+
+
+@pytest.mark.parametrize(("name", "kept", "early", "late"), TEACHERS)
+def test_teachers_are_on_the_devices_while_they_run(
+  trees, images_of, tiny, name, kept, early, late
+):
+  """Placed once, then let go of; a program takes those alone that run."""
+  student, settings = trees["step_2" if name == "step_2" else "step_1"]
+  roles = dataclasses.replace(roles_of(trees, "step_2"), student=settings)
+  batch = {"images": images_of(tiny)}
+  if kept:
+    grid = trees["original"][1].grid
+    batch["targets"] = np.zeros((2, grid, grid, tiny.encoder.out), np.float32)
+  seen, placed = [], []
+
+  def make_step(loss):
+    def step(state, batch, given):
+      seen.append({*given} - {"weights"})
+      jax.eval_shape(loss, state, batch, {}, given)
+
+    return step
+
+  def place(params):
+    made = jax.tree.map(jnp.array, params)
+    placed.append(weakref.ref(made["pos_embed"]))
+    return made
+
+  steps = make_steps(
+    stage_of(name, "fixed"), make_step, roles,
+    {key: trees[key][0] for key in ("original", "first")},
+    steps_per_epoch=1, kept=kept, place=place,
+  )  # fmt: skip
+  for epoch in (0, 9, 10, 15):
+    steps.choose(epoch)(student, batch)
+    alive = sum(ref() is not None for ref in placed)
+    assert alive == len(early if epoch < 10 else late)
+  assert seen == [early, early, late, late]
+  assert len(placed) == len(early | late)
 
 
 def test_gradients_reach_the_student_alone(trees, images_of, tiny):
