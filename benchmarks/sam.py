@@ -98,7 +98,11 @@ def draw(settings: SamSettings) -> Any:
         scale = like.shape[0] ** -0.5
     elif name.endswith("bias"):
       scale = 0.1
-    return rng.normal(centre, scale, like.shape).astype(np.float32)
+    shape = like.shape
+    if "upscale/conv" in name and name.endswith("kernel"):
+      shape = (1, 1, *shape[2:])  # as good as smooth: masks, not noise
+    drawn = rng.normal(centre, scale, shape).astype(np.float32)
+    return np.array(np.broadcast_to(drawn, like.shape))
 
   return jax.tree_util.tree_map_with_path(leaf, abstract_params(settings))
 
@@ -449,11 +453,12 @@ def thresholds(predictor: Any, image: np.ndarray) -> dict[str, Any]:
   from slimsam.masks import point_grid, stability
 
   predictor.set_image(image)
-  points = point_grid(32)[::16] * (image.shape[1], image.shape[0])
-  made = predictor.decode(points[:, None], np.ones((len(points), 1), np.int32))
-  iou = float(np.quantile(np.asarray(made.iou), 0.5))
-  good = np.asarray(made.logits)[np.asarray(made.iou) > iou]
-  stable = float(np.quantile(np.asarray(stability(good)), 0.5))
+  points = point_grid(32)[::32] * (image.shape[1], image.shape[0])
+  logits, ious, _ = predictor.predict_batch(
+    points[:, None], np.ones((len(points), 1), np.int32), return_logits=True
+  )
+  iou = float(np.quantile(ious, 0.5))
+  stable = float(np.quantile(stability(logits[ious > iou]), 0.5))
   return {"pred_iou_thresh": iou, "stability_score_thresh": stable}
 
 

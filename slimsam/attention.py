@@ -32,16 +32,17 @@ class How:
   Attributes:
     fold: take the positions into the product of queries and keys: each query
       gets its s row terms and s column terms as further entries, and each key
-      ones where they belong. The logits are then written once.
+      ones where they belong. The logits are then written once. None: in
+      windows, whose s is small beside the width of a head.
     chunks: of the queries of a global block, one after the other, so that the
-      logits are never there as a whole; 0: as many as keep 512 queries or
+      logits are never there as a whole; 0: as many as keep 256 queries or
       fewer together.
     kernel: "xla": the above; "triton": one kernel of `slimsam.attention_triton`
       for Nvidia's GPUs; "auto": that one where it is faster, in 16 bits on such
       a GPU; "interpret": the kernel as plain operations, for tests.
   """
 
-  fold: bool = True
+  fold: bool | None = None
   chunks: int = 0
   kernel: str = "auto"
 
@@ -53,7 +54,7 @@ class How:
 
 
 TEXTBOOK = How(fold=False, chunks=1, kernel="xla")
-_CHUNK = 512
+_CHUNK = 256
 
 
 def attend(
@@ -168,7 +169,8 @@ def _plain(
     qkv, "b (wy y) (wx x) three h e -> three (b wy wx h) y x e",
     y=window, x=window, three=3,
   )  # fmt: skip
-  out = _attended(cut[0], cut[1], cut[2], tables, how.fold)
+  fold = how.fold is not False
+  out = _attended(cut[0], cut[1], cut[2], tables, fold)
   out = einops.rearrange(
     out, "(b wy wx h) (y x) e -> b (wy y) (wx x) h e",
     wy=windows, wx=windows, h=qkv.shape[4], y=window,
@@ -181,7 +183,7 @@ def _globally(qkv: Array, tables: tuple[Array, Array], how: How) -> Array:
   q, k, v = einops.rearrange(qkv, "b y x three h e -> three (b h) y x e")
   chunks = how.chunks or _chunks(grid)
   if chunks == 1:
-    out = _attended(q, k, v, tables, how.fold)
+    out = _attended(q, k, v, tables, bool(how.fold))
   else:
     rows = jnp.moveaxis(q.reshape(q.shape[0], chunks, -1, *q.shape[2:]), 1, 0)
     first = jnp.arange(chunks) * (grid // chunks)
@@ -189,7 +191,7 @@ def _globally(qkv: Array, tables: tuple[Array, Array], how: How) -> Array:
     # Without it the backward pass would keep all logits after all.
     @jax.checkpoint
     def part(one: tuple[Array, Array]) -> Array:
-      return _attended(one[0], k, v, tables, how.fold, first_row=one[1])
+      return _attended(one[0], k, v, tables, bool(how.fold), first_row=one[1])
 
     out = jnp.moveaxis(jax.lax.map(part, (rows, first)), 0, 1)
   return out.reshape(-1, heads, grid, grid, out.shape[-1]).transpose(
