@@ -405,9 +405,8 @@ def everything(args: argparse.Namespace) -> list[Any]:
     predictor = Predictor(params, settings, Compute(DTYPES[args.dtype]))
     cuts = thresholds(predictor, image)
     runs: dict[str, Callable[[], Any]] = {}
-    for own, at in (("ours", "original"), ("ours, low_res", "low_res")):
-      made = AutomaticMaskGenerator(predictor, stability_at=at, **cuts)
-      runs[own] = functools.partial(made.generate, image)
+    made = AutomaticMaskGenerator(predictor, **cuts)
+    runs["ours"] = functools.partial(made.generate, image)
     if has("segment_anything"):
       from segment_anything import SamAutomaticMaskGenerator  # type: ignore
 

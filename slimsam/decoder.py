@@ -93,51 +93,110 @@ def _transform(
   for i in range(cfg.depth):
     own = params["layers"][str(i)]
     if i == 0:
-      tokens = _attention(own["self_attn"], tokens, tokens, tokens)
+      tokens = _self_attention(own["self_attn"], tokens, tokens, tokens)
     else:
       query = tokens + first
-      tokens = tokens + _attention(own["self_attn"], query, query, tokens)
+      tokens = tokens + _self_attention(own["self_attn"], query, query, tokens)
     tokens = normed(own, "norm1", tokens)
-    tokens = tokens + _attention(
+    tokens = tokens + _to_image(
       own["token_to_image"], tokens + first, image + places, image
     )
     tokens = normed(own, "norm2", tokens)
     hidden = jax.nn.relu(dense(own["mlp"]["lin1"], tokens))
     tokens = normed(own, "norm3", tokens + dense(own["mlp"]["lin2"], hidden))
-    image = image + _attention(
+    image = image + _to_tokens(
       own["image_to_token"], image + places, tokens + first, tokens
     )
     image = normed(own, "norm4", image)
-  tokens = tokens + _attention(
+  tokens = tokens + _to_image(
     params["final_attn"], tokens + first, image + places, image
   )
   return normed(params, "norm_final", tokens, 1e-5), image
 
 
-def _attention(params: Params, query: Array, key: Array, value: Array) -> Array:
-  """[b p t c], [b p k c] -> [b p t c]; one side may have a p of 1."""
-
-  def heads(name: str, x: Array) -> Array:
-    own = params[name]
-    made = jnp.einsum("bptc,che->bphte", x, own["kernel"])
-    return made + own["bias"][None, None, :, None]
-
-  q, k, v = heads("q", query), heads("k", key), heads("v", value)
-  q = q * q.shape[-1] ** -0.5
-  # A side that prompts have not changed serves all of them.
-  asking, seen = "bphte", "bphke"
-  if q.shape[1] == 1 and k.shape[1] != 1:
-    asking, q = "bhte", q[:, 0]
-  elif k.shape[1] == 1 and q.shape[1] != 1:
-    seen, k, v = "bhke", k[:, 0], v[:, 0]
-  wide = jnp.promote_types(q.dtype, jnp.float32)
-  logits = jnp.einsum(
-    f"{asking},{seen}->bphtk", q, k, preferred_element_type=wide
+def _self_attention(
+  params: Params, query: Array, key: Array, value: Array
+) -> Array:
+  """Of tokens, [b p t c]."""
+  q, k, v = (
+    _heads(params[name], x)
+    for name, x in (("q", query), ("k", key), ("v", value))
   )
+  weights = jax.nn.softmax(_wide("bphte,bphse->bphts", _scaled(q), k))
+  mixed = jnp.einsum("bphts,bphse->bphte", weights.astype(v.dtype), v)
+  return _out(params["out"], mixed)
+
+
+def _to_image(params: Params, query: Array, key: Array, value: Array) -> Array:
+  """Tokens attend to the image: [b p t c], [b p k c] -> [b p t c].
+
+  Where every prompt has an image of its own, the layers of keys and values are
+  taken to the tokens, which are few: q·(W k) is (q W)·k. What a bias adds to
+  all keys alike does not change the weights.
+  """
+  q = _scaled(_heads(params["q"], query))
+  own_k, own_v = params["k"], params["v"]
+  if _serves_all(key, query):
+    k, v = _heads(own_k, key)[:, 0], _heads(own_v, value)[:, 0]
+    weights = jax.nn.softmax(_wide("bphte,bhke->bphtk", q, k))
+    mixed = jnp.einsum("bphtk,bhke->bphte", weights.astype(v.dtype), v)
+    return _out(params["out"], mixed)
+  q = jnp.einsum("bphte,che->bphtc", q, own_k["kernel"])
+  weights = jax.nn.softmax(_wide("bphtc,bpkc->bphtk", q, key)).astype(
+    value.dtype
+  )
+  mixed = jnp.einsum("bphtk,bpkc->bphtc", weights, value)
+  mixed = jnp.einsum("bphtc,che->bphte", mixed, own_v["kernel"])
+  return _out(params["out"], mixed + own_v["bias"][None, None, :, None])
+
+
+def _to_tokens(params: Params, query: Array, key: Array, value: Array) -> Array:
+  """The image attends to tokens: [b p k c], [b p t c] -> [b p k c].
+
+  Here too the layers are taken to the tokens: that of the output always, that
+  of the queries where every prompt has an image of its own.
+  """
+  k, v = (_heads(params[n], x) for n, x in (("k", key), ("v", value)))
+  k = _scaled(k)
+  own = params["q"]
+  if _serves_all(query, key):
+    q = _heads(own, query)[:, 0]
+    logits = _wide("bhke,bphte->bpkht", q, k)
+  else:
+    always = _wide("he,bphte->bpht", own["bias"], k)[:, :, None]
+    k = jnp.einsum("bphte,che->bphtc", k, own["kernel"])
+    logits = _wide("bpkc,bphtc->bpkht", query, k) + always
   weights = jax.nn.softmax(logits).astype(v.dtype)
-  mixed = jnp.einsum(f"bphtk,{seen}->bphte", weights, v)
   out = params["out"]
-  return plus(jnp.einsum("bphte,hec->bptc", mixed, out["kernel"]), out["bias"])
+  v = jnp.einsum("bphte,hec->bphtc", v, out["kernel"])
+  return plus(jnp.einsum("bpkht,bphtc->bpkc", weights, v), out["bias"])
+
+
+def _serves_all(image: Array, tokens: Array) -> bool:
+  """Whether an image side that no prompt has changed serves all of them."""
+  return image.shape[1] == 1 and tokens.shape[1] != 1
+
+
+def _heads(params: Params, x: Array) -> Array:
+  """[b p t c] -> [b p h t e]."""
+  made = jnp.einsum("bptc,che->bphte", x, params["kernel"])
+  return made + params["bias"][None, None, :, None]
+
+
+def _scaled(x: Array) -> Array:
+  return x * x.shape[-1] ** -0.5
+
+
+def _wide(form: str, x: Array, y: Array) -> Array:
+  """A product in float32 at least."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  return jnp.einsum(form, x, y, preferred_element_type=wide)
+
+
+def _out(params: Params, mixed: Array) -> Array:
+  """[b p h t e] -> [b p t c]."""
+  made = jnp.einsum("bphte,hec->bptc", mixed, params["kernel"])
+  return plus(made, params["bias"])
 
 
 def _mlp(params: Params, x: Array, depth: int) -> Array:
