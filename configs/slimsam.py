@@ -223,6 +223,12 @@ def _compare() -> ConfigDict:
   return config
 
 
+def _epochs(config: ConfigDict, epochs: int) -> None:
+  """Of each stage; a single one has as many as two."""
+  stages = config.distill.stages
+  config.distill.epochs = epochs * (2 if stages == ("one_step",) else 1)
+
+
 def smoke(config: ConfigDict) -> None:
   """The same code path in less than a minute."""
   config.teacher.update({"width": 16, "depth": 2, "heads": 2, "mlp_width": 32})
@@ -234,7 +240,7 @@ def smoke(config: ConfigDict) -> None:
   config.data.source.valid.length = 10
   config.data.update({"rows": 8, "images": 16})
   config.importance.update({"images": 16})
-  config.distill.epochs = 3
+  _epochs(config, 3)
   config.evaluation.images = 6
   config.compare.update({"test_images": 4, "pictures": 2})
   config.log.every = 2
@@ -243,7 +249,7 @@ def smoke(config: ConfigDict) -> None:
 def small(config: ConfigDict) -> None:
   """Small enough to be run many times, with images to test on."""
   config.data.source.valid.length = 250
-  config.distill.epochs = 12
+  _epochs(config, 12)
   config.evaluation.update({"images": 30, "every": 2})
   config.evaluation.prompts = ("point", "box")
 
@@ -258,7 +264,7 @@ def _published(ratio: float, epochs: int, teacher: str):
     config.data.update({"rows": 4, "images": 10_000, "threads": 8})
     config.importance.update({"images": 1000, "rows": 4})
     config.prune.ratio = ratio
-    config.distill.epochs = epochs
+    _epochs(config, epochs)
     config.distill.remat = True
     config.distill.optim.update({"lr": 1e-4, "schedule": "constant"})
     config.evaluation.images = 50
@@ -273,7 +279,9 @@ def paper(config: ConfigDict) -> None:
 
 
 def reference(config: ConfigDict) -> None:
-  """The authors' code: its losses, its ranking, its lost positions."""
+  """The authors' code: its losses, its ranking, its lost positions. It halves
+  the rate of step 2 one epoch later: `distill.patience=4`.
+  """
   config.distill.preset = "reference"
   config.prune.update({"by_residue": True, "rel_pos": "zero"})
   config.prune.fold_scale = False

@@ -367,6 +367,7 @@ def run_job(folder: pathlib.Path, job: Job, config: Any) -> Result:
   if not config.compare.keep_checkpoints:
     for name in names:
       shutil.rmtree(path / name / "checkpoints", ignore_errors=True)
+    shutil.rmtree(path / "targets", ignore_errors=True)
   # Programs of other shapes would pile up.
   jax.clear_caches()
   return result

@@ -12,6 +12,7 @@ from common.parallel import to_host
 from common.rngs import RngStreams
 from slimsam import teacher as teacher_lib
 from slimsam.data import PromptedExample, image_batches
+from slimsam.encoder import DTYPES, Compute
 from slimsam.groups import Groups, encoder_groups, of_kind
 from slimsam.importance import (
   accumulate,
@@ -83,10 +84,14 @@ def _scores(
 
 def _importance(run: Run, model: Model) -> tuple[Any, PyTree]:
   """The loss whose gradients count, and the parameters on the mesh."""
+  cfg = run.config.distill
+  compute = Compute(DTYPES[cfg.dtype], cfg.remat)
   if run.config.importance.kind != "taylor":
-    loss = disturbed_loss(model.settings, sigma=run.config.importance.sigma)
+    loss = disturbed_loss(
+      model.settings, compute, sigma=run.config.importance.sigma
+    )
     return loss, run.placed({"image_encoder": model.encoder})
-  by_mask = teacher_lib.make_loss_fn(Sam(model.settings))
+  by_mask = teacher_lib.make_loss_fn(Sam(model.settings, compute))
 
   def taylor(params: PyTree, batch: Any, key: Any) -> Any:
     del key
@@ -98,16 +103,16 @@ def _importance(run: Run, model: Model) -> tuple[Any, PyTree]:
 def _images(run: Run, model: Model) -> Iterator[Any]:
   """Batches of the images that importance is found with."""
   cfg, encoder = run.config.importance, model.settings.encoder
+  source = First(First(run.train, run.config.data.images), cfg.images)
   if cfg.kind != "taylor":
     yield from image_batches(
-      run.train, encoder.image_size, rows=cfg.rows, limit=cfg.images,
-      sharding=run.sharding, threads=run.config.data.threads,
+      source, encoder.image_size, rows=cfg.rows, sharding=run.sharding,
+      threads=run.config.data.threads,
     )  # fmt: skip
     return
   example = PromptedExample(
     encoder.image_size, encoder.grid, run.config.teacher.prompts
   )
-  source = First(run.train, cfg.images)
   with run.loader(source, example, cfg.rows) as loader:
-    for _ in range(max(cfg.images // cfg.rows, 1)):
+    for _ in range(max(len(source) // cfg.rows, 1)):
       yield next(loader)

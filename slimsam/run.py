@@ -100,7 +100,8 @@ class Run:
       make_source(config.data.source, "train"), config.data.memory
     )
     self.valid = make_source(config.data.source, "valid")
-    if any(folder.glob("*/checkpoints/*")):
+    begun = ("*/checkpoints/*", "*/keep.json", "targets/*")
+    if any(any(folder.glob(pattern)) for pattern in begun):
       config_lib.check_resume(folder, config, free=FREE)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -142,7 +143,12 @@ class Run:
     them, in the dtype that it computes in.
     """
     dtype = DTYPES[self.config.distill.teacher_dtype]
-    return self.placed(jax.tree.map(lambda a: a.astype(dtype), encoder))
+
+    def cast(path: Any, a: Any) -> Any:
+      is_norm = any("norm" in str(part) for part in path)
+      return a if is_norm else a.astype(dtype)
+
+    return self.placed(jax.tree_util.tree_map_with_path(cast, encoder))
 
   def evaluator(self, teacher: Model | None = None) -> Evaluator:
     """Judges masks of the validation images, also against a teacher's."""

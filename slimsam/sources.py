@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import math
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ class Remembered(Source):
     self._source, self._room = source, int(megabytes * 2**20)
     self.labelled = source.labelled
     self._kept: dict[int, Sample] = {}
-    self._left = self._room
+    self._left, self._lock = self._room, threading.Lock()
 
   def __len__(self) -> int:
     return len(self._source)
@@ -108,9 +109,10 @@ class Remembered(Source):
     sample = self._source[i]
     codes = sum(len(own.rle["counts"]) + 500 for own in sample.annotations)
     size = sample.image.nbytes + codes
-    if size <= self._left:
-      self._left -= size
-      self._kept[i] = sample
+    with self._lock:
+      if size <= self._left and i not in self._kept:
+        self._left -= size
+        self._kept[i] = sample
     return sample
 
   def __reduce__(self) -> Any:

@@ -14,20 +14,17 @@ import numpy as np
 import optax
 
 from common import files
-from common.config import did_you_mean, flatten
-from common.errors import UserError
 from common.optim import make_optimizer
 from common.parallel import abstract_sharded, from_host, init_sharded, to_host
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
-from common.weights import check_safetensors
 from slimsam import teacher as teacher_lib
 from slimsam import weights
+from slimsam.checks import check
 from slimsam.data import ImageExample, PromptedExample, TargetExample
 from slimsam.encoder import DTYPES, Compute
 from slimsam.evaluation import scalars
-from slimsam.importance import needs_gradients
 from slimsam.init import init_params
 from slimsam.keep import kept_units
 from slimsam.model import RULES, Sam
@@ -37,8 +34,8 @@ from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
 from slimsam.run import First, Measure, Model, Run, alone, wait_for_all
 from slimsam.settings import DecoderSettings, SamSettings, uniform
-from slimsam.stages import Roles, Stage, make_steps, stage_of
-from slimsam.targets import kept_targets
+from slimsam.stages import Roles, Stage, make_steps
+from slimsam.targets import fingerprint, kept_targets
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -48,45 +45,6 @@ EXPORTS = {
   "hf": ("model_hf", weights.save_hf),
   "pth": ("model.pth", weights.save_pth),
 }
-_LEAST = {
-  "teacher.num_steps": 1, "teacher.rows": 1, "teacher.prompts": 1,
-  "teacher.every": 1, "data.rows": 1, "data.images": 0, "data.workers": 0,
-  "data.threads": 0, "data.prefetch": 0, "data.memory": 0,
-  "importance.images": 1, "importance.rows": 1, "importance.sigma": 0,
-  "prune.min_keep": 1,
-  "distill.epochs": 1, "distill.patience": 0, "distill.accum": 1,
-  "evaluation.images": 0, "evaluation.every": 1, "log.every": 1,
-  "checkpoint.every": 1, "checkpoint.keep": 1, "profile.start": 0,
-  "profile.count": 0,
-}  # fmt: skip
-
-
-def check(config: Any) -> list[Stage]:
-  """The stages of a configuration; refuses what can be before data is read.
-
-  Raises:
-    UserError: names the key.
-  """
-  flat = flatten(config)
-  for key, least in _LEAST.items():
-    if flat[key] < least:
-      raise UserError(f"{key}={flat[key]} must be at least {least}")
-  needs_gradients(config.importance.kind)
-  for key in ("distill.dtype", "distill.teacher_dtype"):
-    if flat[key] not in DTYPES:
-      raise UserError(f"{key}={flat[key]!r}{did_you_mean(flat[key], DTYPES)}")
-  for form in config.export:
-    if form not in EXPORTS:
-      raise UserError(f"export: {form!r}{did_you_mean(form, EXPORTS)}")
-  if "hf" in config.export:
-    check_safetensors("export='hf'")
-  cfg = config.distill
-  if not cfg.stages:
-    raise UserError("distill.stages is empty: name step_1, step_2 or one_step")
-  return [
-    stage_of(name, cfg.preset, intermediate=cfg.intermediate)
-    for name in cfg.stages
-  ]
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
@@ -106,11 +64,10 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   for stage in stages:
     model = slimmed(run, stage, model, original)
   if jax.process_index() == 0:
+    page = write_page(run, original, [stage.name for stage in stages])
     for form in config.export:
       name, save = EXPORTS[form]
       save(run.folder / name, model.params, model.settings)
-    names = [stage.name for stage in stages]
-    page = write_page(run, original, names)
     log.info("report: %s", page)
   return model
 
@@ -282,7 +239,7 @@ def _stage_part(
     loader=run.loader(source, example, rows),
     evaluate=lambda params: measure(to_host(params), settings),
     learning_rate=rate,
-    facts=run.facts,
+    facts=run.facts | {"teacher_hash": fingerprint(original)},
     report=part_report(stage.name, stage.terms),
     more=_plateau(every, evaluation.best, cfg.patience),
   )

@@ -32,7 +32,7 @@ _TORCH = (".pth", ".pt")
 
 
 def load_model(path: Any) -> tuple[PyTree, SamSettings]:
-  """Reads a model, whichever of the three forms it has.
+  """Reads a model, whichever of the three forms it has, or a run's.
 
   Returns:
     NumPy parameters and settings.
@@ -45,6 +45,8 @@ def load_model(path: Any) -> tuple[PyTree, SamSettings]:
     return from_sam(read_weights(str(place)), source=str(path))
   if (place / "settings.json").exists():
     return _load_ours(place)
+  if (place / "model" / "settings.json").exists():  # a run's folder
+    return _load_ours(place / "model")
   if (place / "config.json").exists():
     config = files.read_json(place / "config.json")
     for name in ("model.safetensors", "pytorch_model.bin"):

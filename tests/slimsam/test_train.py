@@ -14,6 +14,7 @@ from configs.slimsam import get_config
 from slimsam import parts, weights
 from slimsam.encoder import encode
 from slimsam.preprocess import preprocess
+from slimsam.run import Run
 from slimsam.sources import make_source
 from slimsam.train import check, train_and_evaluate
 
@@ -91,6 +92,8 @@ def test_a_run_leaves_models_and_reports(straight):
   params, settings = weights.load_model(straight / "model")
   cfg = settings.encoder
   assert (cfg.width, set(cfg.qkv_widths), set(cfg.mlp_widths)) == (8, {8}, {16})
+  chex.assert_trees_all_equal(weights.load_model(straight)[0], params)
+  assert (straight / "masks.png").exists()
   hf, found = weights.load_model(straight / "model_hf")
   assert found.encoder == cfg
   chex.assert_trees_all_equal(hf, params)
@@ -171,13 +174,43 @@ def test_another_configuration_is_refused(straight):
     train_and_evaluate(config, straight)
 
 
+@pytest.mark.parametrize(
+  "left", ["step_1/keep.json", "targets/targets.json", "step_1/checkpoints/1"]
+)
+def test_what_has_begun_keeps_its_configuration(tmp_path, left):
+  """Also before the first checkpoint: units were chosen by it."""
+  Run(tiny(), tmp_path)
+  (tmp_path / left).parent.mkdir(parents=True)
+  (tmp_path / left).write_text("{}")
+  changed = tiny()
+  changed.prune.ratio = 0.25
+  with pytest.raises(UserError, match=r"prune\.ratio"):
+    Run(changed, tmp_path)
+  Run(tiny(), tmp_path)
+
+
 MISTAKES = [
   ({"importance.kind": "disturbd"}, "did you mean 'disturbed'"),
   ({"distill.preset": "papr"}, "did you mean 'paper'"),
   ({"distill.stages": ("step_3",)}, "stage 'step_3'"),
   ({"distill.stages": ()}, "stages is empty"),
+  ({"distill.stages": ("step_2", "step_1")}, "distill.stages=.*one of"),
+  ({"distill.stages": ("step_1", "step_1")}, "distill.stages=.*one of"),
+  ({"distill.accum": 3}, "distill.accum=3 must divide data.rows=8"),
+  ({"distill.optim.name": "adamx"}, "did you mean 'adam"),
+  ({"prune.scope": "globl"}, "prune.scope='globl'; did you mean 'global'"),
+  ({"prune.normalization": "gauss"}, "did you mean 'gaussian'"),
+  ({"prune.rel_pos": "zeros"}, "did you mean 'zero'"),
+  ({"prune.ratio": 1.5}, "prune.ratio=1.5"),
+  ({"prune.ratio": 0.95}, "prune.ratio=0.95 leaves nothing"),
+  ({"importance.sigma": 0.0}, "importance.sigma=0.0 must be above 0"),
+  ({"evaluation.choices": ("orcle",)}, "did you mean 'oracle'"),
+  ({"evaluation.prompts": ("box",)}, "evaluation.best=.*is not measured"),
+  ({"evaluation.best": "valid/mse"}, "evaluation.best='valid/mse' is not"),
+  ({"prune.scope": "global"}, "export='hf' holds blocks of one width"),
+  ({"distill.stages": ("step_1",)}, "export='hf' holds blocks of one width"),
   ({"distill.dtype": "float16"}, "distill.dtype='float16'"),
-  ({"export": ("onnx",)}, "export: 'onnx'"),
+  ({"export": ("onnx",)}, "export='onnx'"),
   ({"distill.epochs": 0}, "distill.epochs=0 must be at least 1"),
   ({"evaluation.every": 0}, "evaluation.every=0 must be at least 1"),
 ]
@@ -188,9 +221,7 @@ def test_mistakes_are_answered_before_anything_is_read(changes, message):
   config = tiny()
   with config.unlocked():
     for key, value in changes.items():
-      section, _, name = key.rpartition(".")
-      owner = config[section] if section else config
-      owner[name] = value
+      config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=message) as error:
     check(config)
   assert "\n" not in str(error.value)
