@@ -405,13 +405,14 @@ def everything(args: argparse.Namespace) -> list[Any]:
     predictor = Predictor(params, settings, Compute(DTYPES[args.dtype]))
     cuts = thresholds(predictor, image)
     runs: dict[str, Callable[[], Any]] = {}
-    made = AutomaticMaskGenerator(predictor, **cuts)
+    side = {"points_per_side": args.points_per_side}
+    made = AutomaticMaskGenerator(predictor, **side, **cuts)
     runs["ours"] = functools.partial(made.generate, image)
     if has("segment_anything"):
       from segment_anything import SamAutomaticMaskGenerator  # type: ignore
 
       theirs = SamAutomaticMaskGenerator(
-        sam_model(params, settings, "float32"), **cuts
+        sam_model(params, settings, args.dtype), **side, **cuts
       )
       runs["segment-anything"] = functools.partial(theirs.generate, image)
     counts = {own: len(run()) for own, run in runs.items()}
@@ -452,7 +453,7 @@ def thresholds(predictor: Any, image: np.ndarray) -> dict[str, Any]:
   from slimsam.masks import point_grid, stability
 
   predictor.set_image(image)
-  points = point_grid(32)[::32] * (image.shape[1], image.shape[0])
+  points = point_grid(32)[::33] * (image.shape[1], image.shape[0])
   logits, ious, _ = predictor.predict_batch(
     points[:, None], np.ones((len(points), 1), np.int32), return_logits=True
   )
@@ -475,6 +476,7 @@ def main() -> int:
   add("--no_segment_anything", action="store_true", help="in part encoder")
   add("--everything_models", default="vit_p77,vit_b")
   add("--everything_rounds", type=int, default=3)
+  add("--points_per_side", type=int, default=32)
   args = parser.parse_args()
   unknown = set(args.parts.split(",")) - set(PARTS)
   if unknown:

@@ -54,7 +54,7 @@ class How:
 
 
 TEXTBOOK = How(fold=False, chunks=1, kernel="xla")
-_CHUNK = 256
+_CHUNK, _LANES = 256, 8
 
 
 def attend(
@@ -253,8 +253,26 @@ def _attended(
     ).reshape(*q.shape[:3], side, side)  # fmt: skip
     logits = logits + by_row[..., :, None] + by_column[..., None, :]
     logits = logits.reshape(q.shape[0], -1, side * side)
-  weights = jax.nn.softmax(logits).astype(v.dtype)
-  return jnp.einsum("nqk,nke->nqe", weights, v)
+  return _mixed(logits, v)
+
+
+def _mixed(logits: Array, v: Array) -> Array:
+  """softmax(logits) v, [n q k] and [n k e] -> [n q e].
+
+  Heads of pruned models do not fill a register: there the sum of the softmax
+  is a further column of the product, and no pass of its own.
+  """
+  if v.shape[-1] % _LANES == 0:
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("nqk,nke->nqe", weights, v)
+  most = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  weights = jnp.exp(logits - most).astype(v.dtype)
+  ones = jnp.ones((*v.shape[:2], 1), v.dtype)
+  mixed = jnp.einsum(
+    "nqk,nke->nqe", weights, jnp.concatenate([v, ones], axis=-1),
+    preferred_element_type=logits.dtype,
+  )  # fmt: skip
+  return (mixed[..., :-1] / mixed[..., -1:]).astype(v.dtype)
 
 
 def _places(side: int) -> np.ndarray:

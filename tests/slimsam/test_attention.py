@@ -55,13 +55,15 @@ def loop(qkv, tables, bias, window):
 
 @pytest.mark.parametrize("how", FORMS, ids=str)
 @pytest.mark.parametrize(
-  ("grid", "window"), [(6, 0), (6, 3), (6, 4), (6, 8)], ids=str
+  ("grid", "window", "width"),
+  [(6, 0, 5), (6, 3, 5), (6, 4, 8), (6, 8, 5), (6, 0, 8)],
+  ids=str,
 )
-def test_every_form_is_the_loop(grid, window, how):
+def test_every_form_is_the_loop(grid, window, width, how):
   """Windows that fit, that need padding, and one larger than the image; what
   pads them is seen.
   """
-  qkv, tables, bias = case(grid, window)
+  qkv, tables, bias = case(grid, window, width=width)
   found = jax.jit(functools.partial(attend, window=window, how=how))(
     qkv, tables, bias
   )
