@@ -182,6 +182,10 @@ def _globally(qkv: Array, tables: tuple[Array, Array], how: How) -> Array:
   grid, heads = qkv.shape[1], qkv.shape[4]
   q, k, v = einops.rearrange(qkv, "b y x three h e -> three (b h) y x e")
   chunks = how.chunks or _chunks(grid)
+  if grid % chunks:
+    raise UserError(
+      f"chunks={chunks} must divide the {grid} rows of patches, or be 0"
+    )
   if chunks == 1:
     out = _attended(q, k, v, tables, bool(how.fold))
   else:

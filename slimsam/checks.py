@@ -13,8 +13,8 @@ from slimsam.importance import needs_gradients
 from slimsam.prune import REL_POS
 from slimsam.select import NORMALIZATIONS, SCOPES, kept_width
 from slimsam.stages import Stage, stage_of
+from slimsam.weights import FORMS
 
-FORMS = ("native", "hf", "pth")
 ORDERS = (("step_1", "step_2"), ("one_step",), ("step_1",), ("step_2",))
 _LEAST = {
   "teacher.num_steps": 1, "teacher.rows": 1, "teacher.prompts": 1,
@@ -65,6 +65,19 @@ def check(config: Any) -> list[Stage]:
   stages = _stages(cfg)
   _check_export(config)
   return stages
+
+
+def check_local(workdir: Any) -> None:
+  """Refuses an address: models and records are files of this machine.
+
+  Raises:
+    UserError: names it.
+  """
+  if "://" in str(workdir):
+    raise UserError(
+      f"{workdir}: SlimSAM's runs need a folder; mount the bucket, or copy the "
+      "run there when it has finished"
+    )
 
 
 def _one_of(key: str, given: Iterable[str], known: Iterable[str]) -> None:

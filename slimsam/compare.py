@@ -126,6 +126,7 @@ def compare(config: Any, workdir: str) -> str:
 
   from common import config as config_lib
   from common.errors import UserError
+  from slimsam.checks import check_local
   from slimsam.comparison import draw_curve, draw_masks, write_page
   from slimsam.run import FREE
 
@@ -134,6 +135,7 @@ def compare(config: Any, workdir: str) -> str:
       "slimsam.compare runs in one process: start several with different "
       "--systems and the same --workdir"
     )
+  check_local(workdir)
   folder = pathlib.Path(workdir)
   jobs = make_jobs(config, folder)
   if any(folder.glob(f"runs/*/*/{RESULT}")):

@@ -51,6 +51,10 @@ def main() -> None:
     parser.error(
       f"{args.output}: a .pth is a file of segment-anything, --to=pth"
     )
+  if args.epsilon and form != "native":
+    raise UserError(
+      f"--epsilon={args.epsilon}: --to={form} does not hold it; leave it out"
+    )
   convert(args.model, output, form, pad=args.pad, epsilon=args.epsilon)
 
 
@@ -83,12 +87,7 @@ def convert(
   if pad:
     params, settings, note = formats.padded(params, settings)
     print(note)
-  save = {
-    "native": weights.save_model,
-    "hf": weights.save_hf,
-    "pth": weights.save_pth,
-  }[form]
-  save(output, params, settings)
+  weights.save(form, output, params, settings)
   cfg = settings.encoder
   name = formats.name_of(settings)
   print(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import app
+from common.config import did_you_mean
 from common.errors import UserError
 from common.flags import Parser
 
@@ -12,8 +13,14 @@ EXAMPLE = (
   "python -m slimsam.evaluate runs/slimsam/model --teacher "
   "runs/slimsam/teacher/model --data=composite --images=50"
 )
-# Keys of `slimsam.sources.make_source` that are flags here.
-PLACES = ("path", "data_dir", "images_dir", "json_path")
+# Flags that are keys of `slimsam.sources.make_source`, by the data that take
+# them.
+FLAGS = {
+  "sa1b": ("path", "start", "on_error"),
+  "tfds": ("data_dir", "start", "on_error"),
+  "coco": ("images_dir", "json_path", "start", "on_error"),
+  "composite": ("size", "seed"),
+}
 
 
 def make_parser() -> Parser:
@@ -36,9 +43,10 @@ def make_parser() -> Parser:
   add("--images_dir", help="coco")
   add("--json_path", help="coco: the annotations")
   add("--images", type=int, default=50, help="at most; 0: all (50)")
-  add("--start", type=int, default=0, help="the first of them (0)")
-  add("--size", type=int, default=64, help="composite: of pictures (64)")
-  add("--seed", type=int, default=0, help="composite (0)")
+  add("--start", type=int, help="the first of them (0); not of composite")
+  add("--on_error", help="error, or skip what is broken; not of composite")
+  add("--size", type=int, help="composite: of pictures (64)")
+  add("--seed", type=int, help="composite (0)")
   add("--teacher", metavar="MODEL", help="whose masks are a second truth")
   add("--prompts", default="point,center,box", help="(point,center,box)")
   add("--choices", default="single,best,oracle", help="(single,best,oracle)")
@@ -51,32 +59,35 @@ def main() -> None:
   parser = make_parser()
   args = parser.parse_args()
   for name in ("images", "start"):
-    if getattr(args, name) < 0:
+    if (getattr(args, name) or 0) < 0:
       parser.error(f"--{name}={getattr(args, name)} must be at least 0")
-  found = {model: _judged(model, args) for model in args.models}
+  evaluator = _evaluator(args)
+  found = {model: _judged(model, evaluator) for model in args.models}
   print(json.dumps(found, indent=2) if args.json else _page(found))
 
 
 def _source(args: Any) -> Any:
   from slimsam.sources import make_source
 
-  config = {"kind": args.data}
+  if args.data not in FLAGS:
+    raise UserError(f"--data={args.data!r}{did_you_mean(args.data, FLAGS)}")
+  every = dict.fromkeys(name for names in FLAGS.values() for name in names)
+  given = {n: getattr(args, n) for n in every if getattr(args, n) is not None}
+  for name in given:
+    if name not in FLAGS[args.data]:
+      raise UserError(f"--{name} is not for --data={args.data}: leave it out")
   if args.data == "composite":
     if not args.images:
       raise UserError("--images=0: composited pictures have no end; give some")
-    config |= {"length": args.images, "size": args.size, "seed": args.seed}
+    config = {"length": args.images, "size": 64, "seed": 0}
     # Pictures that no training has seen.
-    return make_source(config, "valid")
-  config |= {
-    name: getattr(args, name) for name in PLACES if getattr(args, name)
-  }
+    return make_source({"kind": args.data, **config, **given}, "valid")
   return make_source(
-    config | {"start": args.start, "limit": args.images}, "train"
+    {"kind": args.data, "limit": args.images, **given}, "train"
   )
 
 
-def _judged(model: str, args: Any) -> dict[str, Any]:
-  """Means and intervals of one model, by `TRUTH/PROMPT/CHOICE`."""
+def _evaluator(args: Any) -> Any:
   from slimsam.evaluation import Evaluator
   from slimsam.model import Sam
   from slimsam.weights import load_model
@@ -85,14 +96,21 @@ def _judged(model: str, args: Any) -> dict[str, Any]:
   if args.teacher:
     teacher_params, teacher_settings = load_model(args.teacher)
     teacher = (teacher_params, Sam(teacher_settings))
-  params, settings = load_model(model)
-  evaluator = Evaluator(
+  return Evaluator(
     _source(args),
     prompts=args.prompts.split(","),
     choices=args.choices.split(","),
     teacher=teacher,
     limit=args.images,
   )
+
+
+def _judged(model: str, evaluator: Any) -> dict[str, Any]:
+  """Means and intervals of one model, by `TRUTH/PROMPT/CHOICE`."""
+  from slimsam.model import Sam
+  from slimsam.weights import load_model
+
+  params, settings = load_model(model)
   found = evaluator(params, Sam(settings))
   return {
     "images": len(next(iter(found.values())).images),

@@ -23,8 +23,10 @@ from common.errors import UserError
 from common.nn import Array
 from slimsam import rle
 from slimsam.masks import centre
+from slimsam.masks import iou as mask_iou
 from slimsam.model import Sam
-from slimsam.preprocess import preprocess, scale_boxes, scale_points, upscale
+from slimsam.predict import Frame, enlarge, make_frame
+from slimsam.preprocess import preprocess, scale_boxes, scale_points
 from slimsam.sources import Sample, Source
 
 PyTree = Any
@@ -33,7 +35,7 @@ PROMPTS = ("point", "center", "box")
 # The mask of prompts that are not ambiguous; of the others the one that the
 # model itself takes for the best, and the one that truly is.
 CHOICES = ("single", "best", "oracle")
-_CHUNK = 16  # prompts at once
+PROMPTS_AT_ONCE = 16
 
 
 class Ious(NamedTuple):
@@ -174,7 +176,7 @@ class Evaluator:
         if self._teacher is not None:
           truths["teacher"] = _stack(self._teacher[image][kind])
         for truth, expected in truths.items():
-          made = _ious(masks, expected)
+          made = mask_iou(masks, expected[:, None])
           for choice in self._choices:
             # A teacher is compared with as it is used.
             if truth == "teacher" and choice != "single":
@@ -202,13 +204,14 @@ class Evaluator:
       prompts = np.asarray(scale_boxes(own.boxes, own.size, size))
     else:
       prompts = np.asarray(scale_points(own.points[kind], own.size, size))
+    frame, (h, w) = make_frame(own.size, sam.settings), own.size
     masks, ious = [], []
-    for start in range(0, len(prompts), _CHUNK):
-      part = prompts[start : start + _CHUNK]
-      full = np.resize(part, (_CHUNK, part.shape[1]))
+    for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+      part = prompts[start : start + PROMPTS_AT_ONCE]
+      full = np.resize(part, (PROMPTS_AT_ONCE, part.shape[1]))
       logits, iou = answer_prompts(sam, params, embedding, full[None])
-      large = upscale(logits[0, : len(part)], size, own.size) > 0
-      masks.append(np.asarray(large))
+      large = np.asarray(_enlarged(logits[0], frame))
+      masks.append(large[: len(part), :, :h, :w])
       ious.append(np.asarray(iou[0, : len(part)]))
     return np.concatenate(masks), np.concatenate(ious)
 
@@ -245,6 +248,13 @@ def answer_prompts(
   return made.logits, made.iou
 
 
+@jax.jit
+def _enlarged(logits: Array, frame: Frame) -> Array:
+  """[p m s s] -> bool [p m h' w'], one program for nearly equal sizes."""
+  large = enlarge(logits.reshape(-1, *logits.shape[2:]), frame) > 0
+  return large.reshape(*logits.shape[:2], *large.shape[1:])
+
+
 def _prompted(source: Source, limit: int) -> Iterator[Prompted]:
   for i in range(len(source)):
     if limit and i >= limit:
@@ -257,13 +267,6 @@ def _prompted(source: Source, limit: int) -> Iterator[Prompted]:
 def _stack(codes: Sequence[Mapping[str, Any]]) -> np.ndarray:
   """Masks [n h w] of codes."""
   return np.stack([rle.decode(code) for code in codes])
-
-
-def _ious(masks: np.ndarray, truth: np.ndarray) -> np.ndarray:
-  """[n m h w] and [n h w] -> [n m]."""
-  both = np.count_nonzero(masks & truth[:, None], axis=(-2, -1))
-  either = np.count_nonzero(masks | truth[:, None], axis=(-2, -1))
-  return np.where(either > 0, both / np.maximum(either, 1), 1.0)
 
 
 def _chosen(choice: str, ious: np.ndarray, predicted: np.ndarray) -> np.ndarray:

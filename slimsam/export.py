@@ -33,6 +33,7 @@ EXAMPLE = "python -m slimsam.export models/vit_b exported"
 FORMATS = {"stablehlo": "flatbuffers", "onnx": "onnx"}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 USUAL = ("cpu", "cuda", "tpu")
+MOST_BYTES = 2**31 - 2**24  # of a program and its weights
 PyTree = Any
 
 
@@ -153,12 +154,24 @@ def export(
     settings: its sizes.
     platforms: where they shall run.
     dtype: of the computation.
+
+  Raises:
+    UserError: for weights that no such file can hold.
   """
   import jax
   import jax.numpy as jnp
 
+  from common.tree import count_params
   from slimsam.attention import How
   from slimsam.encoder import DTYPES, Compute, encode
+
+  held = count_params(params["image_encoder"])
+  held *= jnp.dtype(DTYPES[dtype]).itemsize
+  if held > MOST_BYTES:
+    raise UserError(
+      f"{held / 2**30:.1f} GiB of {dtype} weights: a file of StableHLO holds "
+      "2; take --dtype=bfloat16 or --format=onnx"
+    )
 
   # Kernels have no place in a program that is to be kept.
   cfg, how = settings.encoder, How(kernel="xla")

@@ -8,8 +8,12 @@ import numpy as np
 
 from common import plots
 from slimsam import rle
-from slimsam.evaluation import answer_prompts, encode_image
-from slimsam.masks import centre
+from slimsam.evaluation import (
+  PROMPTS_AT_ONCE,
+  answer_prompts,
+  encode_image,
+)
+from slimsam.masks import centre, iou
 from slimsam.model import Sam
 from slimsam.preprocess import preprocess, scale_points, upscale
 from slimsam.sources import Sample
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 _TRUE, _FOUND, _POINT = plots.COLOURS[2], plots.COLOURS[0], plots.COLOURS[1]
 _OPAQUE = 0.5  # how much a mask covers
 _SIDE, _HEAD = 1.45, 0.35  # inches of a picture, and above the first row
-_PROMPTS = 16  # at once, as evaluation asks: one program serves both
 
 
 class Question(NamedTuple):
@@ -69,7 +72,7 @@ def answers(model: "Model", asked: Sequence[Question]) -> list[np.ndarray]:
     image, (h, w) = preprocess(one.image, size), one.image.shape[:2]
     embedding = encode_image(sam, model.params, jnp.asarray(image)[None])
     point = np.asarray(scale_points(one.point[None], (h, w), size))
-    points = np.resize(point, (1, _PROMPTS, 2))
+    points = np.resize(point, (1, PROMPTS_AT_ONCE, 2))
     logits, _ = answer_prompts(sam, model.params, embedding, points)
     made.append(np.asarray(upscale(logits[0, 0, :1], size, (h, w)) > 0)[0])
   return made
@@ -104,7 +107,7 @@ def draw(
         mask = masks[row]
         _picture(axes, one, painted(one.image, mask, _FOUND))
         axes.text(
-          0.04, 0.05, f"{100 * iou(mask, one.truth):.0f}", fontsize=7,
+          0.04, 0.05, f"{100 * float(iou(mask, one.truth)):.0f}", fontsize=7,
           transform=axes.transAxes,
           bbox={"facecolor": "white", "linewidth": 0, "pad": 1},
         )  # fmt: skip
@@ -136,9 +139,3 @@ def painted(image: np.ndarray, mask: np.ndarray, colour: str) -> np.ndarray:
   inner = inner & wide[1:-1, :-2] & wide[1:-1, 2:]
   cover = np.where(inner, _OPAQUE, mask.astype(float))[..., None]
   return np.rint(image * (1 - cover) + paint * cover).astype(np.uint8)
-
-
-def iou(mask: np.ndarray, truth: np.ndarray) -> float:
-  """Of two masks [h w]; two empty ones agree."""
-  either = np.count_nonzero(mask | truth)
-  return np.count_nonzero(mask & truth) / either if either else 1.0

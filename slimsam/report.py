@@ -6,7 +6,7 @@ from common.report import FILE_NAME, Plot, ReportSpec, Table, markdown_table
 from common.tree import count_params
 from slimsam import pictures
 from slimsam.cost import encoder_macs
-from slimsam.run import Model, Run, alone
+from slimsam.run import MODEL, Model, Run, alone
 
 MASKS = "masks.png"
 _PICTURES = 4  # images whose masks are drawn
@@ -75,7 +75,7 @@ def write_page(run: Run, original: Model, stages: list[str]) -> str:
     original.encoder, original.settings))]  # fmt: skip
   models = {"original": original}
   for name in stages:
-    model = models[name] = Model.load(run.folder / name / "model")
+    model = models[name] = Model.load(run.folder / name / MODEL)
     pruned = files.read_json(run.folder / name / PRUNED)
     rows.append(_row(f"{name}, pruned", model, pruned))
     rows.append(_row(f"{name}, trained", model, _best(run, name)))

@@ -23,6 +23,7 @@ PyTree = Any
 # (the image encoder's parameters, the model's sizes) -> scalars
 Measure = Callable[[PyTree, SamSettings], dict[str, float]]
 
+MODEL = "model"  # a finished training's, in its folder
 # Keys that may change when a run is resumed: batches and numbers stay the same,
 # but for the order of sums on another mesh.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",

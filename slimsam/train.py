@@ -21,7 +21,7 @@ from common.state import TrainState
 from common.step import make_train_step
 from slimsam import teacher as teacher_lib
 from slimsam import weights
-from slimsam.checks import check
+from slimsam.checks import check, check_local
 from slimsam.data import ImageExample, PromptedExample, TargetExample
 from slimsam.encoder import DTYPES, Compute
 from slimsam.evaluation import scalars
@@ -32,19 +32,14 @@ from slimsam.parts import Part, best_params, fit
 from slimsam.plateau import HalveOnPlateau, scale_by_factor
 from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
-from slimsam.run import First, Measure, Model, Run, alone, wait_for_all
+from slimsam.run import MODEL, First, Measure, Model, Run, alone, wait_for_all
 from slimsam.settings import DecoderSettings, SamSettings, uniform
 from slimsam.stages import Roles, Stage, make_steps
 from slimsam.targets import fingerprint, kept_targets
 
 log = logging.getLogger(__name__)
 PyTree = Any
-MODEL = "model"  # a finished training's, in its folder
-EXPORTS = {
-  "native": (MODEL, weights.save_model),
-  "hf": ("model_hf", weights.save_hf),
-  "pth": ("model.pth", weights.save_pth),
-}
+EXPORTS = {"native": MODEL, "hf": "model_hf", "pth": "model.pth"}
 
 
 def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
@@ -59,6 +54,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
     The slimmed model.
   """
   stages = check(config)
+  check_local(workdir)
   run = Run(config, pathlib.Path(workdir))
   model = original = original_model(run)
   for stage in stages:
@@ -66,8 +62,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   if jax.process_index() == 0:
     page = write_page(run, original, [stage.name for stage in stages])
     for form in config.export:
-      name, save = EXPORTS[form]
-      save(run.folder / name, model.params, model.settings)
+      path = run.folder / EXPORTS[form]
+      weights.save(form, path, model.params, model.settings)
     log.info("report: %s", page)
   return model
 

@@ -29,6 +29,7 @@ from slimsam.settings import SamSettings
 
 PyTree = Any
 _TORCH = (".pth", ".pt")
+FORMS = ("native", "hf", "pth")
 
 
 def load_model(path: Any) -> tuple[PyTree, SamSettings]:
@@ -116,3 +117,9 @@ def save_pth(file: Any, params: PyTree, settings: SamSettings) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   tensors = {name: torch.from_numpy(w.copy()) for name, w in weights.items()}
   torch.save(tensors, path)
+
+
+def save(form: str, path: Any, params: PyTree, settings: SamSettings) -> None:
+  """Writes a model in one of `FORMS`: a folder, or with `pth` a file."""
+  writers = {"native": save_model, "hf": save_hf, "pth": save_pth}
+  writers[form](path, params, settings)

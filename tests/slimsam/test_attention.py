@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from common.errors import UserError
 from slimsam.attention import TEXTBOOK, How, attend, fitted
 
 FORMS = [
@@ -124,6 +125,12 @@ def test_chunks_are_chosen_by_size():
     jax.make_jaxpr(lambda q: attend(q, tables, bias, 0, How()))(small)
   )
   assert "scan" not in jaxpr
+
+
+def test_chunks_divide_the_rows():
+  qkv, tables, bias = case(6, 0)
+  with pytest.raises(UserError, match="chunks=4 must divide the 6 rows"):
+    attend(qkv, tables, bias, 0, How(chunks=4))
 
 
 def test_tables_of_another_length_are_resized():

@@ -55,6 +55,9 @@ def test_mistakes_are_one_line(command, models):
     (("--data=sa1", "--path=x"), "did you mean 'sa1b'"),
     (("--data=composite", "--images=0"), "have no end"),
     (("--data=composite", "--images=-1"), "--images=-1 must be at least 0"),
+    (("--data=composite", "--start=3"), "--start is not for --data=composite"),
+    (("--data=coco", "--path=x"), "--path is not for --data=coco"),
+    (("--data=sa1b", "--path=.", "--on_error=ignore"), "on_error='ignore'"),
   ):
     with pytest.raises(UserError, match=message) as error:
       command(models[0], *flags)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from slimsam import export
 from slimsam.model import Sam
 from slimsam.weights import save_model
@@ -77,6 +78,12 @@ def test_no_kernel_is_kept(tiny, draw):
   )
   assert made["encoder"].platforms == ("cpu", "cuda")
   assert "windowed_attention" not in made["encoder"].mlir_module()
+
+
+def test_weights_that_do_not_fit_are_refused(tiny, draw, monkeypatch):
+  monkeypatch.setattr(export, "MOST_BYTES", 2**14)
+  with pytest.raises(UserError, match=r"GiB of float32 weights: .*bfloat16"):
+    export.export(draw(tiny), tiny)
 
 
 @pytest.mark.parametrize(

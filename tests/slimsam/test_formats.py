@@ -292,6 +292,8 @@ def test_the_command(params, tmp_path, monkeypatch, capsys):
     command(tmp_path / "small", tmp_path / "hf", "--to=hf", "--pad")
   with pytest.raises(UserError, match=r"a \.pth is a file of segment-anything"):
     command(tmp_path / "small", tmp_path / "x.pth", "--to=hf")
+  with pytest.raises(UserError, match="--to=hf does not hold it"):
+    command(tmp_path / "hf", tmp_path / "x", "--to=hf", "--epsilon=original")
   out = command(tmp_path / "hf", tmp_path / "back", "--epsilon=original")
   assert "4 blocks" in out
   assert weights.load_model(tmp_path / "back")[1].decoder.epsilon == "original"

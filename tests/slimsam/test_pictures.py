@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slimsam import pictures, rle
+from slimsam import rle
 from slimsam.evaluation import Evaluator
+from slimsam.masks import iou
 from slimsam.model import Sam
 from slimsam.pictures import Question, answers, draw, painted, questions
 from slimsam.run import Model
@@ -59,7 +60,7 @@ def test_answers_are_those_that_evaluation_judges(model):
   assert mask.dtype == bool
   judge = Evaluator(samples, prompts=("point",), choices=("single",))
   found = judge(model.params, Sam(model.settings))["gt/point/single"].mean
-  np.testing.assert_allclose(pictures.iou(mask, asked[0].truth), found)
+  np.testing.assert_allclose(iou(mask, asked[0].truth), found)
 
 
 def test_a_sheet_has_a_row_an_image_and_a_column_a_model():
@@ -83,10 +84,3 @@ def test_a_mask_is_half_clear_inside_and_opaque_at_its_border():
   # What leaves the picture has a border there.
   whole = painted(image, np.ones((7, 7), bool), "#0a2864")
   assert whole[0, 3].tolist() == [10, 40, 100]
-
-
-def test_two_empty_masks_agree():
-  none, some = np.zeros((3, 3), bool), square(3, 0, 2)
-  assert pictures.iou(none, none) == 1
-  assert pictures.iou(some, none) == 0
-  assert pictures.iou(some, square(3, 1, 2)) == 0.25

@@ -177,6 +177,11 @@ def test_another_configuration_is_refused(straight):
 @pytest.mark.parametrize(
   "left", ["step_1/keep.json", "targets/targets.json", "step_1/checkpoints/1"]
 )
+def test_a_run_needs_a_folder():
+  with pytest.raises(UserError, match=r"gs://bucket/run: .* need a folder"):
+    train_and_evaluate(tiny(), "gs://bucket/run")
+
+
 def test_what_has_begun_keeps_its_configuration(tmp_path, left):
   """Also before the first checkpoint: units were chosen by it."""
   Run(tiny(), tmp_path)
