@@ -51,6 +51,7 @@ MIB = 2**20
 # Ours over transformers', and of a pruned encoder over the whole one.
 WINDOWED, GLOBAL, ENCODER, HALF = 1.15, 0.9, 1.05, 0.6
 EVERYTHING = 1 / 1.5  # ours over segment-anything's
+APART = 1e-4  # of results of order one
 GLOBAL_TEMP, P77_TEMP = 300 * MIB, 500e6
 GPU = jax.default_backend() == "gpu"
 # The threads of one library wait for more work for a while, on the cores that
@@ -337,7 +338,10 @@ def table(made: dict[str, Case], args: argparse.Namespace) -> list[Any]:
         f"{row['images_per_second']:9.2f} {row['over_ours']:9.2f} "
         f"({row['least_over_ours']:5.2f}) {row['apart']:8.1e} {shown:>8s}"
       )
-    rows[-len(times[name])]["gates"] = _judge(name, case, times[name])
+    found = _judge(name, case, times[name])
+    if args.dtype == "float32":
+      found.append(gate(f"{name} apart", max(apart[name].values()), APART))
+    rows[-len(times[name])]["gates"] = found
   return rows
 
 
@@ -429,7 +433,11 @@ def everything(args: argparse.Namespace) -> list[Any]:
     if "segment-anything" in times:
       ratio = 1 / max(rows[-1]["over_ours"], rows[-1]["least_over_ours"])
       what = f"everything, {name}, over segment-anything's"
-      rows[-len(times)]["gates"] = [gate(what, ratio, EVERYTHING)]
+      ours, theirs = counts["ours"], counts["segment-anything"]
+      rows[-len(times)]["gates"] = [
+        gate(what, ratio, EVERYTHING),
+        gate("difference of masks", abs(ours - theirs), 0.02 * theirs),
+      ]
   return rows
 
 
