@@ -16,7 +16,7 @@ Its gradient is that of the plain form, computed anew.
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,22 +71,18 @@ def fused(
   b, grid, _, _, heads, width = qkv.shape
   blocks = blocks or Blocks()
   columns = max(pl.next_power_of_2(side), 16)
-  rows = max(min(blocks.queries // columns, pl.next_power_of_2(side)), 1)
-  key_rows = max(blocks.keys // columns, 1)
-  windows = -(-grid // side)
-  body = functools.partial(
-    _kernel,
+  tile = _Tile(
     grid=grid,
     side=side,
     width=width,
-    rows=rows,
+    rows=max(min(blocks.queries // columns, pl.next_power_of_2(side)), 1),
     columns=columns,
-    key_rows=key_rows,
+    key_rows=max(blocks.keys // columns, 1),
     wide=max(pl.next_power_of_2(width), 16),
   )
   return pl.pallas_call(
-    body,
-    grid=(windows * windows * -(-side // rows), heads, b),
+    functools.partial(_kernel, tile),
+    grid=(tile.windows**2 * tile.parts, heads, b),
     out_shape=jax.ShapeDtypeStruct((b, grid, grid, heads, width), qkv.dtype),
     compiler_params=plgpu.CompilerParams(
       num_warps=blocks.warps, num_stages=blocks.stages
@@ -96,118 +92,182 @@ def fused(
   )(qkv, by_row, by_column, bias)
 
 
-def _kernel(
-  qkv,
-  by_row,
-  by_column,
-  bias,
-  out,
-  *,
-  grid: int,
-  side: int,
-  width: int,
-  rows: int,
-  columns: int,
-  key_rows: int,
-  wide: int,
-):
-  part, head, image = (pl.program_id(axis) for axis in range(3))
-  parts, windows = -(-side // rows), -(-grid // side)
-  window, part = part // parts, part % parts
-  top, left = window // windows * side, window % windows * side
-  zero = part * 0  # starts that are known would be checked against the shape
-  channels = jnp.arange(wide) < width
-  across = jnp.arange(columns)
-  across = (across < side) & (left + across < grid)
+class _Tile(NamedTuple):
+  """The sizes of a program's arrays: powers of two, and what of them is used.
 
-  def patches(first: Array, count: int) -> Array:
-    """Which of some rows of the window are patches of the image."""
-    down = first + jnp.arange(count)
-    down = (down < side) & (top + down < grid)
+  Attributes:
+    grid, side, width: g, s and e.
+    rows: of queries.
+    columns: c, of queries and of keys.
+    key_rows: of keys in a step.
+    wide: of a head.
+  """
+
+  grid: int
+  side: int
+  width: int
+  rows: int
+  columns: int
+  key_rows: int
+  wide: int
+
+  @property
+  def windows(self) -> int:
+    """Along a side of the image."""
+    return -(-self.grid // self.side)
+
+  @property
+  def parts(self) -> int:
+    """Of a window's queries."""
+    return -(-self.side // self.rows)
+
+  @property
+  def queries(self) -> int:
+    """Of a program."""
+    return self.rows * self.columns
+
+
+class _Place(NamedTuple):
+  """Which part of which window of which head.
+
+  Attributes:
+    image, head: numbers.
+    top, left: of the window, in patches.
+    first: row of queries, in the window.
+    zero: 0, that nobody knows: starts that are known would be checked against
+      shapes that a power of two may exceed.
+  """
+
+  image: Array
+  head: Array
+  top: Array
+  left: Array
+  first: Array
+  zero: Array
+
+  @classmethod
+  def of_program(cls, tile: _Tile) -> "_Place":
+    number, head, image = (pl.program_id(axis) for axis in range(3))
+    window, part = number // tile.parts, number % tile.parts
+    top, left = window // tile.windows, window % tile.windows
+    return cls(
+      image, head, top * tile.side, left * tile.side, part * tile.rows, part * 0
+    )
+
+  def patches(self, tile: _Tile, first: Array, count: int) -> Array:
+    """Which of some rows of the window are patches of the image, [n c]."""
+    down, across = first + jnp.arange(count), jnp.arange(tile.columns)
+    down = (down < tile.side) & (self.top + down < tile.grid)
+    across = (across < tile.side) & (self.left + across < tile.grid)
     return down[:, None] & across[None]
 
-  asked = patches(part * rows, rows)
-  asked_at = (pl.ds(top + part * rows, rows), pl.ds(left, columns))
-  q = plgpu.load(
-    qkv.at[image, *asked_at, zero, head, pl.ds(zero, wide)],
-    mask=asked[:, :, None] & channels[None, None],
-    other=0,
-  ).reshape(rows * columns, wide)
-  present = jnp.arange(columns) < side
-  of_columns = plgpu.load(
-    by_column.at[image, head, *asked_at, pl.ds(zero, columns)],
-    mask=asked[:, :, None] & present[None, None],
-    other=0,
-  ).reshape(rows * columns, columns)
-  of_columns = jnp.where(
-    present[None], of_columns.astype(jnp.float32) * _LOG2E, _NEVER
+  def rows(self, tile: _Tile, first: Array, count: int) -> tuple[Any, Any]:
+    """Where some rows of the window are in the image."""
+    return (
+      pl.ds(self.top + first, count),
+      pl.ds(self.left, tile.columns),
+    )
+
+
+def _kernel(tile: _Tile, qkv, by_row, by_column, bias, out):
+  place = _Place.of_program(tile)
+  asked = place.patches(tile, place.first, tile.rows)
+  at = place.rows(tile, place.first, tile.rows)
+  channels = jnp.arange(tile.wide) < tile.width
+  q = _load_heads(tile, place, qkv, 0, at, asked).reshape(
+    tile.queries, tile.wide
   )
+  of_columns = _load_columns(tile, place, by_column, at, asked)
   pads = [
     plgpu.load(
-      bias.at[zero + i, head, pl.ds(zero, wide)], mask=channels, other=0
+      bias.at[place.zero + i, place.head, pl.ds(place.zero, tile.wide)],
+      mask=channels,
+      other=0,
     )
     for i in (1, 2)
   ]
 
+  def keys(which: int, first: Array) -> Array:
+    """Keys (1) or values (2) of a step."""
+    seen = place.patches(tile, first, tile.key_rows)
+    rows = place.rows(tile, first, tile.key_rows)
+    found = _load_heads(tile, place, qkv, which, rows, seen)
+    if tile.grid % tile.side:
+      pad = pads[which - 1][None, None]
+      found = jnp.where(seen[:, :, None], found, pad)
+    return found.reshape(-1, tile.wide)
+
   def step(i: Array, carry: tuple) -> tuple:
     most, total, mixed = carry
-    first = i * key_rows
-    seen = patches(first, key_rows)
-
-    def keys(which: int) -> Array:
-      found = plgpu.load(
-        qkv.at[
-          image, pl.ds(top + first, key_rows), pl.ds(left, columns),
-          zero + which, head, pl.ds(zero, wide),
-        ],
-        mask=seen[:, :, None] & channels[None, None],
-        other=0,
-      )  # fmt: skip
-      if grid % side:
-        pad = pads[which - 1][None, None]
-        found = jnp.where(seen[:, :, None], found, pad)
-      return found.reshape(key_rows * columns, wide)
-
-    down = first + jnp.arange(key_rows) < side
-    of_rows = plgpu.load(
-      by_row.at[image, head, pl.ds(first, key_rows), *asked_at],
-      mask=asked[None] & down[:, None, None],
-      other=0,
-    ).reshape(key_rows, rows * columns)
-    of_rows = jnp.where(
-      down[:, None], of_rows.astype(jnp.float32) * _LOG2E, _NEVER
-    ).T
-    logits = _dot(q, keys(1).T) * (width**-0.5 * _LOG2E)
-    if key_rows == 1:
+    first = i * tile.key_rows
+    logits = _dot(q, keys(1, first).T) * (tile.width**-0.5 * _LOG2E)
+    of_rows = _load_rows(tile, place, by_row, first, at, asked)
+    if tile.key_rows == 1:
       logits = logits + of_columns + of_rows
     else:
       places = of_rows[:, :, None] + of_columns[:, None, :]
       logits = logits + places.reshape(logits.shape)
     above = jnp.maximum(most, jnp.max(logits, axis=1))
-    weights = jnp.exp2(logits - above[:, None])
-    shrink = jnp.exp2(most - above)
+    weights, shrink = jnp.exp2(logits - above[:, None]), jnp.exp2(most - above)
+    more = _dot(weights.astype(q.dtype), keys(2, first))
     total = total * shrink + jnp.sum(weights, axis=1)
-    mixed = mixed * shrink[:, None] + _dot(weights.astype(q.dtype), keys(2))
-    return above, total, mixed
+    return above, total, mixed * shrink[:, None] + more
 
-  count = rows * columns
-  most, total, mixed = jax.lax.fori_loop(
-    0,
-    -(-side // key_rows),
-    step,
-    (
-      jnp.full((count,), _NEVER, jnp.float32),
-      jnp.zeros((count,), jnp.float32),
-      jnp.zeros((count, wide), jnp.float32),
-    ),
+  start = (
+    jnp.full((tile.queries,), _NEVER, jnp.float32),
+    jnp.zeros((tile.queries,), jnp.float32),
+    jnp.zeros((tile.queries, tile.wide), jnp.float32),
   )
-  del most
+  steps = -(-tile.side // tile.key_rows)
+  _, total, mixed = jax.lax.fori_loop(0, steps, step, start)
   mixed = (mixed / total[:, None]).astype(out.dtype)
   plgpu.store(
-    out.at[image, *asked_at, head, pl.ds(zero, wide)],
-    mixed.reshape(rows, columns, wide),
+    out.at[place.image, *at, place.head, pl.ds(place.zero, tile.wide)],
+    mixed.reshape(tile.rows, tile.columns, tile.wide),
     mask=asked[:, :, None] & channels[None, None],
   )
+
+
+def _load_heads(
+  tile: _Tile, place: _Place, qkv, which: int, at: tuple, mask: Array
+) -> Array:
+  """Queries (0), keys (1) or values (2) of some rows, [n c wide]."""
+  channels = jnp.arange(tile.wide) < tile.width
+  return plgpu.load(
+    qkv.at[
+      place.image, *at, place.zero + which, place.head,
+      pl.ds(place.zero, tile.wide),
+    ],
+    mask=mask[:, :, None] & channels[None, None],
+    other=0,
+  )  # fmt: skip
+
+
+def _load_columns(
+  tile: _Tile, place: _Place, by_column, at: tuple, mask: Array
+) -> Array:
+  """What each query adds to the keys of each column, [queries c]."""
+  present = jnp.arange(tile.columns) < tile.side
+  found = plgpu.load(
+    by_column.at[place.image, place.head, *at, pl.ds(place.zero, tile.columns)],
+    mask=mask[:, :, None] & present[None, None],
+    other=0,
+  ).reshape(tile.queries, tile.columns)
+  return jnp.where(present[None], found.astype(jnp.float32) * _LOG2E, _NEVER)
+
+
+def _load_rows(
+  tile: _Tile, place: _Place, by_row, first: Array, at: tuple, mask: Array
+) -> Array:
+  """What each query adds to the keys of each row of a step, [queries n]."""
+  present = first + jnp.arange(tile.key_rows) < tile.side
+  found = plgpu.load(
+    by_row.at[place.image, place.head, pl.ds(first, tile.key_rows), *at],
+    mask=mask[None] & present[:, None, None],
+    other=0,
+  ).reshape(tile.key_rows, tile.queries)
+  found = found.astype(jnp.float32) * _LOG2E
+  return jnp.where(present[:, None], found, _NEVER).T
 
 
 def _dot(x: Array, y: Array) -> Array:
