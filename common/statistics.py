@@ -15,6 +15,7 @@ from scipy import stats
 
 from common.errors import UserError
 
+LEVEL = 0.05  # of a claim that holds, after correction
 Key = TypeVar("Key", bound=Hashable)
 Values = Sequence[float] | np.ndarray
 
@@ -156,6 +157,23 @@ def holm(p_values: Values) -> np.ndarray:
   weighted = np.arange(len(values), 0, -1) * values[order]
   adjusted[tested[order]] = np.minimum(np.maximum.accumulate(weighted), 1)
   return adjusted
+
+
+def verdicts(found: Sequence[Difference]) -> list[tuple[float, str]]:
+  """Of a family of claims that differences are positive: p by Holm, and what
+  it says at `LEVEL`.
+  """
+  adjusted = holm([one.p_value for one in found])
+  made = []
+  for one, p in zip(found, adjusted.tolist()):
+    if math.isnan(p):
+      verdict = "one seed: no test"
+    elif p >= LEVEL:
+      verdict = "not shown"
+    else:
+      verdict = "holds" if one.mean > 0 else "the opposite holds"
+    made.append((p, verdict))
+  return made
 
 
 def format_interval(

@@ -11,7 +11,6 @@ at, the others wait for.
 import contextlib
 import copy
 import dataclasses
-import json
 import logging
 import pathlib
 import time
@@ -19,14 +18,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import app
+from common.comparison import (
+  RESULT,
+  check_settings,
+  job_config,
+  load_result,
+  save_result,
+)
 
 log = logging.getLogger(__name__)
 EXAMPLE = "python -m slimsam.compare --config=configs/slimsam.py:small"
-RESULT = "result.json"
 TEACHER = "teacher"  # what a seed's teacher stands under
 MAIN = "miou/gt/point/single"
 MSE = "mse"
-_TIMES = "*="
 # What may differ when a comparison goes on: nothing that makes scores.
 _FREE = ("seed", "compare.systems", "compare.seeds", "compare.first_seed",
          "compare.baseline", "compare.pictures", "compare.settings",
@@ -83,10 +87,7 @@ class Result:
 
   def save(self, folder: Any) -> None:
     """Writes the file, whole or not at all."""
-    from common import files
-
-    text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-    files.replace(folder / RESULT, text + "\n")
+    save_result(folder, dataclasses.asdict(self))
 
   @classmethod
   def load(cls, folder: Any) -> "Result | None":
@@ -95,17 +96,7 @@ class Result:
     Raises:
       UserError: when it is damaged.
     """
-    from common.errors import UserError
-
-    path = folder / RESULT
-    if not path.exists():
-      return None
-    try:
-      return cls(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-      raise UserError(
-        f"{path} is damaged ({error}): delete it, and the run is done again"
-      ) from None
+    return load_result(folder, lambda content: cls(**content))
 
 
 def compare(config: Any, workdir: str) -> str:
@@ -201,59 +192,24 @@ def make_jobs(config: Any, folder: pathlib.Path) -> list[Job]:
   Raises:
     UserError: for no seed, no system or an unknown one.
   """
-  from common.config import did_you_mean
-  from common.errors import UserError
-
   cfg = config.compare
-  for key, least in (("seeds", 1), ("first_seed", 0), ("test_images", 1),
-                     ("pictures", 0)):  # fmt: skip
-    if cfg[key] < least:
-      raise UserError(f"compare.{key}={cfg[key]} must be at least {least}")
-  names = system_names(cfg.systems)
-  if not names:
-    raise UserError("compare.systems is empty: name at least one")
-  for what, given in (("systems", names), ("baseline", [cfg.baseline])):
-    for name in given:
-      if name not in cfg.settings:
-        hint = did_you_mean(name, cfg.settings)
-        raise UserError(f"compare.{what}: {name!r}{hint}")
+  least = {"seeds": 1, "first_seed": 0, "test_images": 1, "pictures": 0}
+  names = check_settings(cfg, least)
   jobs = []
   for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds):
-    teacher = Job(TEACHER, seed, job_config(config, (), seed))
+    teacher = Job(TEACHER, seed, _job_config(config, (), seed))
     path = config.teacher.path or str(folder / teacher.folder / "teacher/model")
     jobs.append(teacher)
     for name in names:
       settings = (*cfg.settings[name], f"teacher.path={path}")
-      jobs.append(Job(name, seed, job_config(config, settings, seed)))
+      jobs.append(Job(name, seed, _job_config(config, settings, seed)))
   return jobs
 
 
-def system_names(systems: str) -> list[str]:
-  """Names between commas."""
-  return [name.strip() for name in systems.split(",") if name.strip()]
-
-
-def job_config(config: Any, settings: tuple[str, ...], seed: int) -> Any:
-  """The configuration of one job, as one would give it to `slimsam.main`.
-
-  Args:
-    config: of the comparison.
-    settings: `key=value`, and `key*=number` for a multiple.
-    seed: of weights, order and draws; all seeds have the same images.
-  """
-  from common.config import flatten
-  from common.flags import override
-
-  made = config.copy_and_resolve_references()
-  for entry in settings:
-    if _TIMES in entry:
-      key, _, factor = entry.partition(_TIMES)
-      value = str(round(flatten(made)[key] * float(factor)))
-    else:
-      key, _, value = entry.partition("=")
-    made = override(made, key, [f"--config.{key}={value}"])
+def _job_config(config: Any, settings: Sequence[str], seed: int) -> Any:
+  """Of one job; all seeds have the same images."""
+  made = job_config(config, settings, seed)
   with made.unlocked():
-    made.seed = seed
     made.export = ("native",)  # not every system has another form
     del made.compare  # which may change while a job is half done
   return made

@@ -3,12 +3,13 @@
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from common import files, plots, statistics
+from common.comparison import Claim, by_system, grouped, system_names
 from common.report import FILE_NAME, PLOTS, markdown_table
 from slimsam.compare import (
   MAIN,
@@ -16,10 +17,8 @@ from slimsam.compare import (
   TEACHER,
   Result,
   held_out,
-  system_names,
 )
 
-LEVEL = 0.05  # of a claim that holds, after correction
 CURVE, MASKS = f"{PLOTS}/macs.png", f"{PLOTS}/masks.png"
 # Of the sheet of masks, as far as they were run.
 SHOWN = ("alternate", "one_step", "ratio_80", "one_step_80", "magnitude_80",
@@ -62,21 +61,6 @@ TESTED = (
   (BY_TEACHER, "Mean IoU with the teacher's mask, by a point"),
   (ERROR, "Embedding MSE: less is better"),
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-  """That a system is better than another.
-
-  Attributes:
-    text: of the table.
-    system: what is claimed to be better.
-    reference: than this.
-  """
-
-  text: str
-  system: str
-  reference: str
 
 
 # Tested where both were run.
@@ -142,17 +126,6 @@ def load_results(folder: pathlib.Path, config: Any) -> list[Result]:
   return sorted(results, key=lambda own: (order.index(own.system), own.seed))
 
 
-def by_system(
-  results: Sequence[Result], metric: str
-) -> dict[str, dict[int, float]]:
-  """System -> seed -> value."""
-  made: dict[str, dict[int, float]] = {}
-  for result in results:
-    if metric in result.scores:
-      made.setdefault(result.system, {})[result.seed] = result.scores[metric]
-  return made
-
-
 def _head(config: Any, results: Sequence[Result]) -> str:
   seeds = sorted({result.seed for result in results})
   slimmed = sum(result.system != TEACHER for result in results)
@@ -169,13 +142,6 @@ def _head(config: Any, results: Sequence[Result]) -> str:
     "the 95 % t-interval over seeds, which are the teachers' and the "
     "students'; the images are the same for all seeds."
   )
-
-
-def _grouped(
-  results: Sequence[Result],
-) -> Iterator[tuple[str, list[Result]]]:
-  for system in dict.fromkeys(result.system for result in results):
-    yield system, [r for r in results if r.system == system]
 
 
 def _mean(metric: Metric, scores: Sequence[Mapping[str, float]]) -> str:
@@ -208,7 +174,7 @@ def _paired(
 def _table(config: Any, results: Sequence[Result]) -> str:
   baseline = config.compare.baseline
   rows = []
-  for system, own in _grouped(results):
+  for system, own in grouped(results):
     against = None
     if system not in (TEACHER, baseline):
       against = _paired(results, BY_TRUTH, system, baseline)
@@ -271,15 +237,9 @@ def _claims(results: Sequence[Result]) -> str:
 def _verdicts(
   metric: Metric, tested: Sequence[tuple[Claim, statistics.Difference]]
 ) -> str:
-  adjusted = statistics.holm([found.p_value for _, found in tested])
+  judged = statistics.verdicts([found for _, found in tested])
   rows = []
-  for (claim, found), p in zip(tested, adjusted):
-    if np.isnan(p):
-      verdict = "one seed: no test"
-    elif p >= LEVEL:
-      verdict = "not shown"
-    else:
-      verdict = "holds" if found.mean > 0 else "the opposite holds"
+  for (claim, found), (p, verdict) in zip(tested, judged):
     shown = dataclasses.replace(found, mean=metric.sign * found.mean)
     rows.append(
       (
@@ -308,7 +268,7 @@ def _families(
 ) -> dict[str, list[list[Result]]]:
   """By family with several ratios, the seeds of each, by their work."""
   made: dict[str, list[list[Result]]] = {}
-  for system, own in _grouped(results):
+  for system, own in grouped(results):
     if system != TEACHER:
       made.setdefault(_family(system), []).append(own)
   return {
@@ -322,7 +282,7 @@ def _curve(folder: pathlib.Path, results: Sequence[Result]) -> str:
   families = _families(results)
   if not families:
     return ""
-  teachers = [own for system, own in _grouped(results) if system == TEACHER]
+  teachers = [own for system, own in grouped(results) if system == TEACHER]
   rows = [_point("teacher", "–", own) for own in teachers]
   rows += [
     _point(name, f"{100 * own[0].ratio:.0f} %", own)
@@ -423,7 +383,7 @@ def _pruned(results: Sequence[Result]) -> str:
   """What pruning alone leaves, stage by stage."""
   shown = (BY_TRUTH, BY_TEACHER, ERROR)
   rows = []
-  for system, own in _grouped(results):
+  for system, own in grouped(results):
     for stage in own[0].pruned:
       scores = [r.pruned[stage] for r in own if stage in r.pruned]
       cells = (_mean(metric, scores) for metric in shown)
@@ -484,7 +444,7 @@ def _settings(config: Any, results: Sequence[Result]) -> str:
     (f"`{system}`", f"{own[0].steps:,}",
      ", ".join(f"`{e}`" for e in config.compare.settings.get(system, ()))
      or "–")
-    for system, own in _grouped(results)
+    for system, own in grouped(results)
   ]  # fmt: skip
   return "## Systems\n\n" + markdown_table(
     ("system", "updates", "settings"), rows

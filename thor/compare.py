@@ -15,13 +15,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import app
+from common.comparison import (
+  RESULT,
+  check_settings,
+  job_config,
+  load_result,
+  save_result,
+)
 
 log = logging.getLogger(__name__)
 EXAMPLE = "python -m thor.compare --config=configs/thor.py:small --seeds=3"
-RESULT = "result.json"
 # Without a seed, the ways to use a model have one score.
 _DRAWN = ("dispatch_sentence", "dispatch_token", "dispatch_batch", "ensemble")
-_TIMES = "*="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,29 +74,16 @@ class Result:
 
   def save(self, folder: Any) -> None:
     """Writes the file, whole or not at all."""
-    from common import files
-
-    text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
-    files.replace(folder / RESULT, text + "\n")
+    save_result(folder, dataclasses.asdict(self))
 
   @classmethod
   def load(cls, folder: Any) -> "Result | None":
-    """Reads the file; None if the training has not finished.
+    """Reads the file; None if the job has not finished.
 
     Raises:
       UserError: when it is damaged.
     """
-    from common.errors import UserError
-
-    path = folder / RESULT
-    if not path.exists():
-      return None
-    try:
-      return cls(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-      raise UserError(
-        f"{path} is damaged ({error}): delete it, and the run is done again"
-      ) from None
+    return load_result(folder, lambda content: cls(**content))
 
 
 def compare(config: Any, workdir: str) -> str:
@@ -164,53 +156,14 @@ def make_jobs(config: Any) -> list[Job]:
   Raises:
     UserError: for no seed, no system or an unknown one.
   """
-  from common.config import did_you_mean
-  from common.errors import UserError
-
   cfg = config.compare
-  for key, least in (("seeds", 1), ("first_seed", 0), ("samples", 1),
-                     ("mode_seeds", 1)):  # fmt: skip
-    if cfg[key] < least:
-      raise UserError(f"compare.{key}={cfg[key]} must be at least {least}")
-  if cfg.baseline not in cfg.settings:
-    raise UserError(
-      f"compare.baseline={cfg.baseline!r}"
-      f"{did_you_mean(cfg.baseline, cfg.settings)}"
-    )
-  names = [name.strip() for name in cfg.systems.split(",") if name.strip()]
-  if not names:
-    raise UserError("compare.systems is empty: name at least one")
-  for name in names:
-    if name not in cfg.settings:
-      raise UserError(
-        f"compare.systems: {name!r}{did_you_mean(name, cfg.settings)}"
-      )
+  least = {"seeds": 1, "first_seed": 0, "samples": 1, "mode_seeds": 1}
+  names = check_settings(cfg, least)
   return [
-    Job(name, seed, job_config(config, name, seed))
+    Job(name, seed, job_config(config, cfg.settings[name], seed))
     for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds)
     for name in names
   ]
-
-
-def job_config(config: Any, system: str, seed: int) -> Any:
-  """The configuration of one training, as one would give it to `thor.main`.
-
-  A system's settings are `key=value`, and `key*=number` for a multiple.
-  """
-  from common.config import flatten
-  from common.flags import override
-
-  made = config.copy_and_resolve_references()
-  for entry in config.compare.settings[system]:
-    if _TIMES in entry:
-      key, _, factor = entry.partition(_TIMES)
-      value = str(round(flatten(made)[key] * float(factor)))
-    else:
-      key, _, value = entry.partition("=")
-    made = override(made, key, [f"--config.{key}={value}"])
-  with made.unlocked():
-    made.seed = seed
-  return made
 
 
 def _kept(folder: Any, job: Job) -> Result | None:

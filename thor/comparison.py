@@ -1,6 +1,5 @@
 """The page of a comparison: scores, cost, claims, the ways to use THOR."""
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,29 +7,14 @@ from typing import Any
 import numpy as np
 
 from common import files, statistics
+from common.comparison import Claim, by_system, grouped
 from common.report import FILE_NAME, markdown_table
 from thor.compare import Result
 from thor.dispatch import Dispatch
 from thor.routing import Routing
 from thor.scores import by_tokenizer, paired_bootstrap
 
-LEVEL = 0.05  # of a claim that holds, after correction
 METRICS = (("bleu", "BLEU"), ("chrf", "chrF"), ("exact_match", "exact"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Claim:
-  """That a system translates better than another.
-
-  Attributes:
-    text: of the table.
-    system: what is claimed to be better.
-    reference: than this.
-  """
-
-  text: str
-  system: str
-  reference: str
 
 
 # Tested where both were run. The first five at equal training cost.
@@ -96,17 +80,6 @@ def _splits(results: Sequence[Result]) -> list[str]:
   return list(names)
 
 
-def by_system(
-  results: Sequence[Result], metric: str
-) -> dict[str, dict[int, float]]:
-  """System -> seed -> value."""
-  made: dict[str, dict[int, float]] = {}
-  for result in results:
-    if metric in result.scores:
-      made.setdefault(result.system, {})[result.seed] = result.scores[metric]
-  return made
-
-
 def _head(config: Any, results: Sequence[Result]) -> str:
   seeds = sorted({result.seed for result in results})
   return (
@@ -122,7 +95,7 @@ def _head(config: Any, results: Sequence[Result]) -> str:
 def _table(split: str, results: Sequence[Result]) -> str:
   rows: list[tuple[str, ...]] = []
   values = {m: by_system(results, f"{split}/{m}") for m, _ in METRICS}
-  for system, own in _grouped(results):
+  for system, own in grouped(results):
     found = [_mean(values[m].get(system, {})) for m, _ in METRICS]
     first = own[0]
     rows.append(
@@ -158,13 +131,6 @@ def _first(results: Sequence[Result], metric: str) -> Iterator[float]:
   return (r.scores[metric] for r in results if metric in r.scores)
 
 
-def _grouped(
-  results: Sequence[Result],
-) -> Iterator[tuple[str, list[Result]]]:
-  for system in dict.fromkeys(result.system for result in results):
-    yield system, [r for r in results if r.system == system]
-
-
 def _mean(values: Mapping[int, float]) -> str:
   if not values:
     return "–"
@@ -187,7 +153,7 @@ def _languages(split: str, results: Sequence[Result]) -> str:
       f"`{system}`",
       *(_mean(by_system(own, prefix + name)[system]) for name in names),
     )
-    for system, own in _grouped(results)
+    for system, own in grouped(results)
   ]
   table = markdown_table(("system", *names), rows)
   return f"## BLEU of `{split}` by language\n\n{table}"
@@ -204,15 +170,9 @@ def _claims(split: str, results: Sequence[Result]) -> str:
   ]
   if not tested:
     return ""
-  adjusted = statistics.holm([found.p_value for _, found in tested])
+  judged = statistics.verdicts([found for _, found in tested])
   rows = []
-  for (claim, found), p in zip(tested, adjusted):
-    if np.isnan(p):
-      verdict = "one seed: no test"
-    elif p >= LEVEL:
-      verdict = "not shown"
-    else:
-      verdict = "holds" if found.mean > 0 else "the opposite holds"
+  for (claim, found), (p, verdict) in zip(tested, judged):
     rows.append(
       (
         claim.text,
@@ -236,7 +196,7 @@ def _bootstrap(
 ) -> str:
   """Resampled sentences: all seeds' translations as one test set."""
   baseline = config.compare.baseline
-  seeds = {name: {r.seed for r in own} for name, own in _grouped(results)}
+  seeds = {name: {r.seed for r in own} for name, own in grouped(results)}
   if baseline not in seeds:
     return ""
   common = set.intersection(*seeds.values())
@@ -343,7 +303,7 @@ def _settings(config: Any, results: Sequence[Result]) -> str:
   rows = [
     (f"`{system}`", f"{own[0].steps:,}",
      ", ".join(f"`{e}`" for e in config.compare.settings[system]) or "–")
-    for system, own in _grouped(results)
+    for system, own in grouped(results)
   ]  # fmt: skip
   return "## Systems\n\n" + markdown_table(
     ("system", "updates", "settings"), rows

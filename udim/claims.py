@@ -8,7 +8,6 @@ import numpy as np
 from common import statistics
 from common.report import markdown_table
 
-LEVEL = 0.05  # of a claim that holds, after correction
 SAME = 0.005  # differences within half a point count as none
 
 BySeed = Mapping[int, float]
@@ -89,16 +88,8 @@ def claims_section(scores: Scores, *, tuned: bool = True) -> str:
     Markdown, "" where there is nothing to claim.
   """
   tested = list(_tested(CLAIMS, scores))
-  adjusted = statistics.holm([found.p_value for _, found in tested])
-  rows = []
-  for (text, found), p in zip(tested, adjusted):
-    if np.isnan(p):
-      verdict = "one seed: no test"
-    elif p >= LEVEL:
-      verdict = "not shown"
-    else:
-      verdict = "holds" if found.mean > 0 else "the opposite holds"
-    rows.append(_row(text, found, p, verdict))
+  judged = statistics.verdicts([found for _, found in tested])
+  rows = [_row(*one, *verdict) for one, verdict in zip(tested, judged)]
   for text, found in _tested(EQUALITIES, scores):
     reach = abs(found.mean) + found.half_width
     verdict = "holds" if reach <= SAME else "not shown"

@@ -1,18 +1,14 @@
 """What a finished run of a comparison is remembered by: `result.json`."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from common import files
-from common.errors import UserError
+from common.comparison import load_result, save_result
 from udim.selection import Selected
-
-FILE_NAME = "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +43,7 @@ class Result:
 
   def save(self, folder: Any) -> None:
     """Writes the file, whole or not at all."""
-    content = _finite(dataclasses.asdict(self))
-    text = json.dumps(content, indent=1, allow_nan=False)
-    files.replace(folder / FILE_NAME, text + "\n")
+    save_result(folder, _finite(dataclasses.asdict(self)))
 
   @classmethod
   def load(cls, folder: Any) -> "Result | None":
@@ -58,19 +52,12 @@ class Result:
     Raises:
       UserError: when it is damaged.
     """
-    path = folder / FILE_NAME
-    if not path.exists():
-      return None
-    try:
-      content = json.loads(path.read_text())
-      content["selected"] = {
-        method: Selected(**one) for method, one in content["selected"].items()
-      }
-      return cls(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise UserError(
-        f"{path} is damaged ({error}): delete it, and the run is done again"
-      ) from None
+
+    def make(content: dict[str, Any]) -> "Result":
+      selected = {k: Selected(**v) for k, v in content["selected"].items()}
+      return cls(**content | {"selected": selected})
+
+    return load_result(folder, make)
 
 
 def _finite(value: Any) -> Any:

@@ -14,6 +14,7 @@ from common.statistics import (
   holm,
   interval,
   paired,
+  verdicts,
 )
 
 # Student's t, two-sided, from the printed tables.
@@ -202,3 +203,18 @@ def test_mistakes_are_one_line(call, words):
   with pytest.raises(UserError, match=words) as info:
     call()
   assert "\n" not in str(info.value)
+
+
+def test_verdicts_are_those_of_the_family():
+  """Corrected together: what holds alone may not hold among others."""
+  sure, doubtful = paired([3.0, 3.1, 2.9], [0] * 3), paired([1, 3, 2], [0] * 3)
+  worse = paired([0] * 3, [3.0, 3.1, 2.9])
+  lone = paired([1.0], [0.0])
+  assert doubtful.p_value > 0.05
+  words = [word for _, word in verdicts([sure, doubtful, worse, lone])]
+  assert words == [
+    "holds", "not shown", "the opposite holds", "one seed: no test",
+  ]  # fmt: skip
+  many = verdicts([paired([1.0, 1.5, 1.25], [0] * 3)] * 9)
+  assert verdicts([paired([1.0, 1.5, 1.25], [0] * 3)])[0][1] == "holds"
+  assert {word for _, word in many} == {"not shown"}

@@ -271,7 +271,7 @@ MISTAKES = [
   ({"systems": " , "}, "name at least one"),
   ({"seeds": 0}, "compare.seeds=0 must be at least 1"),
   ({"test_images": 0}, "compare.test_images=0 must be at least 1"),
-  ({"baseline": "nosuch"}, "compare.baseline: 'nosuch'"),
+  ({"baseline": "nosuch"}, "compare.baseline='nosuch'"),
   ({"test_images": 5}, "of 10 validation images the first 6 choose"),
   ({"systems": "ratio_90"}, "ratio_90: ratio=0.9 leaves nothing of a width"),
 ]
