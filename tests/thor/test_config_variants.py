@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.flags import override
 from common.optim import make_optimizer
 from configs.thor import VARIANTS, get_config
-from thor.compare import job_config, make_jobs
+from thor.compare import make_jobs
 from thor.model import num_params
 from thor.routing import Routing
 from thor.train import check, make_setup, make_step
@@ -131,7 +131,9 @@ def test_every_system_of_the_comparison_is_one():
 
 def test_a_seed_is_all_that_differs_between_seeds():
   config = get_config("small").lock()
-  first, second = [job_config(config, "thor", seed) for seed in (0, 1)]
+  first, second = [
+    job.config for job in make_jobs(config) if job.system == "thor"
+  ][:2]
   assert (first.seed, second.seed) == (0, 1)
   assert override(first, "seed", ["--config.seed=1"]) == second
 
@@ -140,7 +142,7 @@ def test_settings_of_a_system_are_keys():
   config = get_config("small")
   config.compare.settings.dense = ("num_stps=3",)
   with pytest.raises(UserError, match=r"no key 'num_stps'.*num_steps"):
-    job_config(config.lock(), "dense", 0)
+    make_jobs(config.lock())
 
 
 def test_routing_knows_every_key():
