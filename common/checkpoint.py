@@ -27,6 +27,9 @@ from common.errors import UserError
 from common.state import TrainState
 
 PyTree = Any
+_SHARED_BYTES = (
+  2**20
+)  # of an array and a replica, from which all replicas write
 log = logging.getLogger(__name__)
 
 
@@ -77,6 +80,12 @@ class Checkpointer:
       )
     self._manager = ocp.CheckpointManager(
       self.directory,
+      item_handlers={
+        "params": _arrays(),
+        "state": _arrays(),
+        "data": ocp.JsonCheckpointHandler(),
+        "host": ocp.JsonCheckpointHandler(),
+      },
       options=ocp.CheckpointManagerOptions(
         preservation_policy=policies.AnyPreservationPolicy(kept),
         best_fn=ranked,  # makes Orbax write the metrics down
@@ -123,8 +132,8 @@ class Checkpointer:
       "extra": state.extra,
     }
     items = ocp.args.Composite(
-      params=ocp.args.StandardSave(state.params),
-      state=ocp.args.StandardSave(rest),
+      params=ocp.args.PyTreeSave(state.params),
+      state=ocp.args.PyTreeSave(rest),
       data=ocp.args.JsonSave({} if data is None else data.get_state()),
       host=ocp.args.JsonSave(
         {name: obj.get_state() for name, obj in (host or {}).items()}
@@ -202,8 +211,8 @@ class Checkpointer:
     read = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        params=ocp.args.StandardRestore(abstract.params),
-        state=ocp.args.StandardRestore(rest),
+        params=_restore(abstract.params),
+        state=_restore(rest),
         data=ocp.args.JsonRestore(),
         host=ocp.args.JsonRestore(),
       ),
@@ -270,6 +279,31 @@ class _DiskErrors:
         self._directory,
       ) from error
     return False
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+  """Writes arrays; each device its share, but for the small ones.
+
+  Sharing compiles a program for every shape and device, which takes longer
+  than to write what it divides.
+  """
+  handlers = ocp.type_handlers
+  arrays = handlers.ArrayHandler(
+    min_slice_bytes_for_replica_parallel=_SHARED_BYTES
+  )
+  registry = handlers.create_type_handler_registry(
+    *(
+      (kind, arrays if kind is jax.Array else handlers.get_type_handler(kind))
+      for kind in handlers.supported_types()
+    )
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def _restore(abstract: PyTree) -> ocp.args.PyTreeRestore:
+  return ocp.args.PyTreeRestore(
+    abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+  )
 
 
 def _everywhere(holds: bool) -> bool:

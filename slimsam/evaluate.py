@@ -106,22 +106,23 @@ def _evaluator(args: Any) -> Any:
 
 
 def _judged(model: str, evaluator: Any) -> dict[str, Any]:
-  """Means and intervals of one model, by `TRUTH/PROMPT/CHOICE`."""
+  """Means and intervals of one model."""
   from slimsam.model import Sam
   from slimsam.weights import load_model
 
   params, settings = load_model(model)
   found = evaluator(params, Sam(settings))
   return {
-    "images": len(next(iter(found.values())).images),
+    "images": len(next(iter(found.ious.values())).images),
     "masks": evaluator.num_masks,
+    "embedding_mse": found.mse,
     "miou": {
       name: {
         "mean": own.mean,
         "interval": own.interval(),
         "mean_of_masks": own.mean_of_masks,
       }
-      for name, own in found.items()
+      for name, own in found.ious.items()
     },
   }
 
@@ -134,6 +135,10 @@ def _page(found: dict[str, dict[str, Any]]) -> str:
     lines += [
       f"  {name:28s} {_cells(one)}" for name, one in own["miou"].items()
     ]
+    if own["embedding_mse"] is not None:
+      lines.append(
+        f"  embedding MSE to the teacher's {own['embedding_mse']:.4g}"
+      )
     lines.append("")
   return "\n".join(lines[:-1])
 

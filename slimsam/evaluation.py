@@ -68,26 +68,44 @@ class Ious(NamedTuple):
     return float(low), float(high)
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompted:
-  """An image and its prompts.
+class Judged(NamedTuple):
+  """How well a model does.
 
   Attributes:
-    name: of the image.
-    image: uint8 [h w 3].
+    ious: by `TRUTH/PROMPT/CHOICE`, such as `gt/point/single`.
+    mse: the mean squared error of the image embedding against the teacher's;
+      None without a teacher whose embedding has this shape.
+  """
+
+  ious: Mapping[str, Ious]
+  mse: float | None
+
+  def scalars(self) -> dict[str, float]:
+    """Means over images, under `miou/` and `valid/mse`."""
+    made = {f"miou/{name}": own.mean for name, own in self.ious.items()}
+    return made if self.mse is None else made | {"valid/mse": self.mse}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompted:
+  """The prompts of an image.
+
+  Attributes:
+    index: of the image in its source.
+    size: height and width.
     codes: of the true masks; see `slimsam.rle`.
     points: by kind of prompt, float32 [n 2].
     boxes: float32 [n 4], x y x y.
   """
 
-  name: str
-  image: np.ndarray
+  index: int
+  size: tuple[int, int]
   codes: tuple[Mapping[str, Any], ...]
   points: Mapping[str, np.ndarray]
   boxes: np.ndarray
 
   @classmethod
-  def of(cls, sample: Sample) -> "Prompted":
+  def of(cls, index: int, sample: Sample) -> "Prompted":
     """The prompts of a sample's annotations; the centre for a missing point."""
     masks = [rle.decode(own.rle) for own in sample.annotations]
     centres = np.array([centre(mask) for mask in masks], np.float32)
@@ -100,21 +118,31 @@ class Prompted:
        (own.bbox for own in sample.annotations)], np.float32,
     )  # fmt: skip
     return cls(
-      sample.name,
-      sample.image,
+      index,
+      sample.image.shape[:2],
       tuple(own.rle for own in sample.annotations),
       {"point": points, "center": centres},
       boxes,
     )
 
-  @property
-  def size(self) -> tuple[int, int]:
-    """Height and width."""
-    return self.image.shape[0], self.image.shape[1]
+
+class _Teacher(NamedTuple):
+  """What a teacher finds in an image.
+
+  Attributes:
+    embedding: [g g c].
+    codes: of its `single` masks, by kind of prompt.
+  """
+
+  embedding: np.ndarray
+  codes: Mapping[str, list[Any]]
 
 
 class Evaluator:
   """Compares a model's masks with true ones, and with a teacher's.
+
+  Images are read anew for each model; of a teacher their embeddings are kept,
+  4 MB an image at 1024 pixels.
 
   Args:
     source: of images with masks.
@@ -144,17 +172,23 @@ class Evaluator:
         if name not in known:
           raise UserError(f"{what}: {name!r}{did_you_mean(name, known)}")
     self._prompts, self._choices = tuple(prompts), tuple(choices)
+    self._source = source
     self._images = list(_prompted(source, limit))
     if not self._images:
       raise UserError(
         "none of the images has a mask: there is nothing to judge"
       )
-    self._teacher: list[dict[str, list[Any]]] | None = None
+    self._teacher: list[_Teacher] | None = None
     if teacher is not None:
-      params, sam = teacher
       self._teacher = [
-        {kind: [rle.encode(m) for m in masks[:, 0]] for kind, (masks, _) in own}
-        for own in self._answers(params, sam)
+        _Teacher(
+          np.asarray(embedding[0]),
+          {
+            kind: [rle.encode(mask) for mask in masks[:, 0]]
+            for kind, (masks, _) in answers
+          },
+        )
+        for embedding, answers in self._answers(*teacher)
       ]
 
   @property
@@ -162,39 +196,49 @@ class Evaluator:
     """How many true masks there are."""
     return sum(len(own.codes) for own in self._images)
 
-  def __call__(self, params: PyTree, sam: Sam) -> dict[str, Ious]:
-    """By `TRUTH/PROMPT/CHOICE`, such as `gt/point/single`.
+  def __call__(self, params: PyTree, sam: Sam) -> Judged:
+    """Judges a model.
 
     Args:
       params: of the model.
       sam: the model.
     """
     found: dict[str, list[np.ndarray]] = {}
-    for image, own in enumerate(self._answers(params, sam)):
-      for kind, (masks, iou) in own:
-        truths = {"gt": _stack(self._images[image].codes)}
-        if self._teacher is not None:
-          truths["teacher"] = _stack(self._teacher[image][kind])
-        for truth, expected in truths.items():
-          made = mask_iou(masks, expected[:, None])
-          for choice in self._choices:
-            # A teacher is compared with as it is used.
-            if truth == "teacher" and choice != "single":
-              continue
-            name = f"{truth}/{kind}/{choice}"
-            found.setdefault(name, []).append(_chosen(choice, made, iou))
-    return {name: Ious(images) for name, images in found.items()}
+    errors = []
+    for image, (embedding, answers) in enumerate(self._answers(params, sam)):
+      teacher = None if self._teacher is None else self._teacher[image]
+      if teacher is not None and teacher.embedding.shape == embedding.shape[1:]:
+        errors.append(np.mean(np.square(embedding[0] - teacher.embedding)))
+      for kind, (masks, iou) in answers:
+        made = mask_iou(masks, _stack(self._images[image].codes)[:, None])
+        for choice in self._choices:
+          name = f"gt/{kind}/{choice}"
+          found.setdefault(name, []).append(_chosen(choice, made, iou))
+        # A teacher is compared with as it is used.
+        if teacher is not None and "single" in self._choices:
+          made = mask_iou(masks, _stack(teacher.codes[kind])[:, None])
+          name = f"teacher/{kind}/single"
+          found.setdefault(name, []).append(_chosen("single", made, iou))
+    ious = {name: Ious(images) for name, images in found.items()}
+    return Judged(ious, float(np.mean(errors)) if errors else None)
 
-  def _answers(self, params: PyTree, sam: Sam) -> Iterator[list[Any]]:
-    """Of each image, by kind of prompt, masks [n m h w] and their IoU [n m]."""
+  def _answers(
+    self, params: PyTree, sam: Sam
+  ) -> Iterator[tuple[Array, list[Any]]]:
+    """Of each image, its embedding [1 g g c], and by kind of prompt masks
+    [n m h w] and their IoU [n m].
+    """
     size = sam.settings.encoder.image_size
     for own in self._images:
-      image = preprocess(own.image, size)
+      image = preprocess(self._source[own.index].image, size)
       embedding = encode_image(sam, params, jnp.asarray(image)[None])
-      yield [
-        (kind, self._answer(params, sam, own, embedding, kind))
-        for kind in self._prompts
-      ]
+      yield (
+        embedding,
+        [
+          (kind, self._answer(params, sam, own, embedding, kind))
+          for kind in self._prompts
+        ],
+      )
 
   def _answer(
     self, params: PyTree, sam: Sam, own: Prompted, embedding: Array, kind: str
@@ -261,7 +305,7 @@ def _prompted(source: Source, limit: int) -> Iterator[Prompted]:
       return
     sample = source[i]
     if sample.annotations:
-      yield Prompted.of(sample)
+      yield Prompted.of(i, sample)
 
 
 def _stack(codes: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -277,8 +321,3 @@ def _chosen(choice: str, ious: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     return ious[:, 1:].max(axis=1)
   best = predicted[:, 1:].argmax(axis=1)
   return ious[np.arange(len(ious)), 1 + best]
-
-
-def scalars(found: Mapping[str, Ious]) -> dict[str, float]:
-  """Means over images, by the same names under `miou/`."""
-  return {f"miou/{name}": own.mean for name, own in found.items()}

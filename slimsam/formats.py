@@ -5,6 +5,7 @@ from `config.json` of transformers.
 """
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from slimsam.torch_names import (
   torch_shape,
 )
 
+log = logging.getLogger(__name__)
 PyTree = Any
 _HEADS = 8  # of every SAM's mask decoder; tensors do not tell
 _BUFFERS = ("pixel_mean", "pixel_std")
@@ -343,6 +345,12 @@ def _settings_of(weights: Weights, source: str) -> SamSettings:
     rows, head = shape(f"{block}.attn.rel_pos_h", 2)
     spans.append((rows + 1) // 2)
     heads = qkv[-1] // max(head, 1)
+  if spans and spans[-1] != grid:
+    # Tensors cannot tell a model without its last blocks from a shallow one.
+    log.warning(
+      "%s: the last of %d blocks attends within windows, which no published "
+      "SAM does: is the state dict whole?", source, len(spans),
+    )  # fmt: skip
   window = min((span for span in spans if span != grid), default=grid)
   encoder = EncoderSettings(
     image_size=grid * patch,

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from common import files
+from common.errors import RunError
 from common.parallel import to_host
 from common.rngs import RngStreams
 from slimsam import teacher as teacher_lib
@@ -79,7 +81,14 @@ def _scores(
         *_importance(run, model), groups, _images(run, model), key
       )
     sums = to_host(sums)
-  return scores(kind, model.params, groups, sums=sums, seed=run.config.seed)
+  found = scores(kind, model.params, groups, sums=sums, seed=run.config.seed)
+  for name, values in found.items():
+    if not np.all(np.isfinite(values)):
+      raise RunError(
+        f"{stage.name}: {kind!r} scores of {name} are not finite: look at the "
+        "model's weights, or set distill.dtype='float32'"
+      )
+  return found
 
 
 def _importance(run: Run, model: Model) -> tuple[Any, PyTree]:

@@ -1,22 +1,20 @@
 """What the trainings of a run share: data, devices, and how it is judged."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from common import config as config_lib
 from common.parallel import from_host, make_mesh, on_device, shardings
 from slimsam import weights
-from slimsam.data import image_batches, rows_sharding, train_loader
-from slimsam.encoder import DTYPES, PLAIN, encode
-from slimsam.evaluation import Evaluator, scalars
+from slimsam.data import rows_sharding, train_loader
+from slimsam.encoder import DTYPES
+from slimsam.evaluation import Evaluator
 from slimsam.model import RULES, Sam
-from slimsam.settings import EncoderSettings, SamSettings
+from slimsam.settings import SamSettings
 from slimsam.sources import Remembered, Sample, Source, make_source
 
 PyTree = Any
@@ -97,10 +95,10 @@ class Run:
     self.config, self.folder = config, folder
     self.mesh = make_mesh(config.mesh.to_dict())
     self.sharding = rows_sharding(self.mesh)
-    self.train = Remembered(
-      make_source(config.data.source, "train"), config.data.memory
+    self.train, self.valid = (
+      Remembered(make_source(config.data.source, split), config.data.memory)
+      for split in ("train", "valid")
     )
-    self.valid = make_source(config.data.source, "valid")
     begun = ("*/checkpoints/*", "*/keep.json", "targets/*")
     if any(any(folder.glob(pattern)) for pattern in begun):
       config_lib.check_resume(folder, config, free=FREE)
@@ -171,35 +169,13 @@ class Run:
     Every process does so alone, on a device of its own.
     """
     judge = self.evaluator(original)
-    batches = list(
-      image_batches(
-        self.valid,
-        original.settings.encoder.image_size,
-        rows=1,
-        limit=self.config.evaluation.images,
-      )
-    )
-
-    def embeddings(encoder: PyTree, settings: SamSettings) -> list[np.ndarray]:
-      run = functools.partial(_embed, settings=settings.encoder)
-      return [np.asarray(run(encoder, batch["images"])) for batch in batches]
-
-    with alone():
-      targets = embeddings(original.encoder, original.settings)
 
     def measure(encoder: PyTree, settings: SamSettings) -> dict[str, float]:
       with alone():
-        found = scalars(judge(original.with_encoder(encoder), Sam(settings)))
-        made = embeddings(encoder, settings)
-      errors = [np.mean(np.square(a - b)) for a, b in zip(made, targets)]
-      return found | {"valid/mse": float(np.mean(errors))}
+        params = original.with_encoder(encoder)
+        return judge(params, Sam(settings)).scalars()
 
     return measure
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _embed(encoder: PyTree, images: Any, settings: EncoderSettings) -> Any:
-  return encode(encoder, images, settings, PLAIN)
 
 
 def wait_for_all(what: str) -> None:

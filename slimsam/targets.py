@@ -129,6 +129,7 @@ def _compute(
 ) -> None:
   """Every process computes, the first one writes."""
   new = folder.with_name(f"{folder.name}.new")
+  _check_room(run.folder, facts)
   made = _embeddings(run, source, original)
   if jax.process_index() > 0:
     for _ in made:
@@ -147,21 +148,27 @@ def _write(
 ) -> None:
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  needed = len(targets) * _bytes(targets.shape, targets.dtype)
+  rows, total = enumerate(embeddings, 1), len(targets)
+  for file in targets.files:
+    # Compressing takes ten times as long and saves a fifth.
+    writer = ArrayRecordWriter(file, "group_size:1,uncompressed")
+    for done, row in itertools.islice(rows, targets.per_file):
+      writer.write(row.tobytes())
+      if 10 * done // total > 10 * (done - 1) // total:
+        log.info("%s: %d of %d embeddings", folder.name, done, total)
+    writer.close()
+
+
+def _check_room(folder: pathlib.Path, facts: dict[str, Any]) -> None:
+  """Refuses on every process what a disk has no place for."""
+  needed = facts["count"] * _bytes(facts["shape"], facts["dtype"])
   free = shutil.disk_usage(folder).free
   if needed > free:
     raise UserError(
       f"{folder}: distill.cache_targets needs {needed / 1e9:.1f} GB, and "
       f"{free / 1e9:.1f} GB are free: make room or set it to False"
     )
-  log.info("%s: %d embeddings, %.3g GB", folder, len(targets), needed / 1e9)
-  rows = iter(embeddings)
-  for file in targets.files:
-    # Compressing takes ten times as long and saves a fifth.
-    writer = ArrayRecordWriter(file, "group_size:1,uncompressed")
-    for row in itertools.islice(rows, targets.per_file):
-      writer.write(row.tobytes())
-    writer.close()
+  log.info("%s: the teacher's embeddings, %.3g GB", folder, needed / 1e9)
 
 
 def _embeddings(

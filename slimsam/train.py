@@ -24,7 +24,6 @@ from slimsam import weights
 from slimsam.checks import check, check_local
 from slimsam.data import ImageExample, PromptedExample, TargetExample
 from slimsam.encoder import DTYPES, Compute
-from slimsam.evaluation import scalars
 from slimsam.init import init_params
 from slimsam.keep import kept_units
 from slimsam.model import RULES, Sam
@@ -151,7 +150,7 @@ def _teacher_part(run: Run, settings: SamSettings) -> Part:
   def evaluate(params: PyTree) -> Mapping[str, float]:
     params = to_host(params)
     with alone():
-      return scalars(judge(params, sam))
+      return judge(params, sam).scalars()
 
   example = PromptedExample(encoder.image_size, encoder.grid, cfg.prompts)
   key = jax.random.key(run.config.seed)

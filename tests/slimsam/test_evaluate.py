@@ -46,7 +46,7 @@ def test_models_are_judged_by_truth_and_teacher(command, models):
   assert found[models[0]]["miou"]["teacher/box/single"]["mean"] == 1
   page = command(models[0], *flags)
   assert page.startswith(f"{models[0]}: 2 images")
-  assert page.count("\n") == 2 + len(names)
+  assert page.count("\n") == 3 + len(names)
 
 
 def test_mistakes_are_one_line(command, models):

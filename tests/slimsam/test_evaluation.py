@@ -1,12 +1,13 @@
 """The protocol: against a loop over prompts, means, choices, a teacher."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from common.errors import UserError
 from slimsam import rle
-from slimsam.evaluation import Evaluator, Ious, encode_image, scalars
+from slimsam.evaluation import Evaluator, Ious, encode_image
 from slimsam.masks import centre, iou
 from slimsam.model import Sam
 from slimsam.preprocess import preprocess, scale_boxes, scale_points, upscale
@@ -43,9 +44,13 @@ def model(tiny, draw):
 
 
 @pytest.fixture(scope="module")
-def found(model):
-  params, sam = model
-  return Evaluator(Blobs(), teacher=model)(params, sam)
+def judged(model):
+  return Evaluator(Blobs(), teacher=model)(*model)
+
+
+@pytest.fixture(scope="module")
+def found(judged):
+  return judged.ious
 
 
 def one_by_one(model, sample, annotation, kind):
@@ -98,15 +103,41 @@ def test_it_is_what_a_loop_finds(model, found, kind):
         np.testing.assert_allclose(own[place][k], value, atol=0.02)
 
 
-def test_a_teacher_agrees_with_itself(found):
+def test_a_teacher_agrees_with_itself(judged, found):
   names = [name for name in found if name.startswith("teacher")]
   assert names == [f"teacher/{kind}/single" for kind in ("point", "center",
                                                          "box")]  # fmt: skip
   for name in names:
     for own in found[name].images:
       np.testing.assert_array_equal(own, 1.0)
-  assert scalars(found)["miou/teacher/box/single"] == 1.0
+  scalars = judged.scalars()
+  assert scalars["miou/teacher/box/single"] == 1.0
+  assert scalars["valid/mse"] == judged.mse == 0.0
   assert found["gt/point/oracle"].mean >= found["gt/point/best"].mean
+
+
+def test_the_error_is_that_of_the_embedding(model):
+  params, sam = model
+  neck = params["image_encoder"]["neck"]
+  moved = jax.tree.map(lambda a: 1.25 * a, neck)
+  other = {
+    **params, "image_encoder": {**params["image_encoder"], "neck": moved}
+  }  # fmt: skip
+  judge = Evaluator(Blobs(), prompts=("box",), choices=("oracle",),
+                    teacher=model)  # fmt: skip
+  errors = []
+  for number in (0, 2):
+    image = jnp.asarray(
+      preprocess(Blobs()[number].image, sam.settings.encoder.image_size)
+    )[None]
+    a, b = (encode_image(sam, own, image) for own in (params, other))
+    errors.append(np.mean(np.square(np.asarray(a - b, np.float64))))
+  found = judge(other, sam)
+  assert found.mse > 0
+  np.testing.assert_allclose(found.mse, np.mean(errors), rtol=1e-5)
+  assert list(found.ious) == ["gt/box/oracle"]
+  alone = Evaluator(Blobs(), prompts=("box",), choices=("oracle",))
+  assert alone(other, sam).mse is None
 
 
 def test_means_are_over_images_or_over_masks():

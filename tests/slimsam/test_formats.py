@@ -234,6 +234,18 @@ def test_wrong_tensors_are_refused_by_name(params, how, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_model_that_ends_within_windows_is_doubted(params, caplog):
+  """Without its last block a state dict is that of a shallower model."""
+  state = to_sam(params, UNIFORM)
+  last = f"image_encoder.blocks.{UNIFORM.encoder.depth - 1}."
+  _, settings = from_sam(state)
+  assert not caplog.text
+  cut = {name: w for name, w in state.items() if not name.startswith(last)}
+  _, shallow = from_sam(cut, source="x.pth")
+  assert shallow.encoder.depth == settings.encoder.depth - 1
+  assert "x.pth: the last of 3 blocks attends within windows" in caplog.text
+
+
 def test_something_else_is_no_sam():
   with pytest.raises(UserError, match=r"image_encoder\.pos_embed.*whole\?"):
     from_sam({"conv1.weight": np.zeros((1, 1), np.float32)}, source="r.pth")

@@ -59,8 +59,8 @@ def test_answers_are_those_that_evaluation_judges(model):
   assert mask.shape == (24, 32)
   assert mask.dtype == bool
   judge = Evaluator(samples, prompts=("point",), choices=("single",))
-  found = judge(model.params, Sam(model.settings))["gt/point/single"].mean
-  np.testing.assert_allclose(iou(mask, asked[0].truth), found)
+  found = judge(model.params, Sam(model.settings)).ious["gt/point/single"]
+  np.testing.assert_allclose(iou(mask, asked[0].truth), found.mean)
 
 
 def test_a_sheet_has_a_row_an_image_and_a_column_a_model():

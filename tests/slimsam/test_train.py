@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from common.checkpoint import checkpoint_steps, load_params
-from common.errors import UserError
+from common.errors import RunError, UserError
 from configs.slimsam import get_config
 from slimsam import parts, weights
 from slimsam.data import PromptedExample, train_loader
@@ -251,6 +251,16 @@ def test_true_masks_may_rank_units(draw, tmp_path):
   for name, scores in expected.items():
     best = np.argsort(-scores)[: len(scores) // 2]
     assert list(keep[name]) == sorted(best)
+
+
+def test_scores_that_are_not_finite_choose_nothing(straight, tmp_path):
+  config = tiny()
+  run, stage = Run(config, tmp_path), stage_of("step_1", "fixed")
+  model = Model.load(straight / "teacher" / "model")
+  model.encoder["pos_embed"][0, 0, 0, 0] = np.nan
+  with pytest.raises(RunError, match=r"scores of embedding are not finite"):
+    kept_units(run, stage, model)
+  assert not (tmp_path / "step_1" / "keep.json").exists()
 
 
 def test_another_configuration_is_refused(straight):
