@@ -27,9 +27,7 @@ from common.errors import UserError
 from common.state import TrainState
 
 PyTree = Any
-_SHARED_BYTES = (
-  2**20
-)  # of an array and a replica, from which all replicas write
+_SHARED_BYTES = 2**20  # of an array and replica, from which all of them write
 log = logging.getLogger(__name__)
 
 
@@ -132,8 +130,8 @@ class Checkpointer:
       "extra": state.extra,
     }
     items = ocp.args.Composite(
-      params=ocp.args.PyTreeSave(state.params),
-      state=ocp.args.PyTreeSave(rest),
+      params=ocp.args.PyTreeSave(_plain(state.params)),
+      state=ocp.args.PyTreeSave(_plain(rest)),
       data=ocp.args.JsonSave({} if data is None else data.get_state()),
       host=ocp.args.JsonSave(
         {name: obj.get_state() for name, obj in (host or {}).items()}
@@ -217,7 +215,10 @@ class Checkpointer:
         host=ocp.args.JsonRestore(),
       ),
     )
-    state = TrainState(params=read["params"], **read["state"])
+    state = TrainState(
+      params=_with_keys(read["params"], abstract.params),
+      **_with_keys(read["state"], rest),
+    )
     if int(state.step) != step:
       raise ValueError(f"folder {step} holds the state of step {state.step}")
     return state, read["data"], read["host"]
@@ -300,9 +301,47 @@ def _arrays() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
+def _plain(tree: PyTree) -> PyTree:
+  """The tree with numbers in place of PRNG keys, which Orbax would forget."""
+  return jax.tree.map(
+    lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
+  )
+
+
+def _is_key(leaf: Any) -> bool:
+  dtype = getattr(leaf, "dtype", None)
+  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _plain_shapes(abstract: PyTree) -> PyTree:
+  """As `_plain`, of shapes."""
+
+  def plain(leaf: Any) -> Any:
+    if not _is_key(leaf):
+      return leaf
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+
+  return jax.tree.map(plain, abstract)
+
+
+def _with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
+  """The reverse of `_plain`, for a tree like `abstract`."""
+
+  def key(like: Any, leaf: Any) -> Any:
+    if not _is_key(like):
+      return leaf
+    found: list[Any] = []
+    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), like)
+    return jax.random.wrap_key_data(leaf, impl=found[0])
+
+  return jax.tree.map(key, abstract, tree)
+
+
 def _restore(abstract: PyTree) -> ocp.args.PyTreeRestore:
+  plain = _plain_shapes(abstract)
   return ocp.args.PyTreeRestore(
-    abstract, ocp.checkpoint_utils.construct_restore_args(abstract)
+    plain, ocp.checkpoint_utils.construct_restore_args(plain)
   )
 
 

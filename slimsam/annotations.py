@@ -96,7 +96,7 @@ def parse_annotation(raw: Raw, size: tuple[int, int]) -> Annotation:
     counts = rle.compress(counts)
   return Annotation(
     rle={"size": list(own), "counts": counts},
-    bbox=_box(raw.get("bbox")),
+    bbox=_box(raw.get("bbox"), size),
     point=_point(raw.get("point_coords"), size),
     id=_id(raw),
   )
@@ -124,13 +124,21 @@ def _numbers(values: Any) -> tuple[float, ...]:
   return numbers if all(map(math.isfinite, numbers)) else ()
 
 
-def _box(values: Any) -> tuple[float, float, float, float]:
+def _box(
+  values: Any, size: tuple[int, int]
+) -> tuple[float, float, float, float]:
   box = _numbers(values)
   if len(box) != 4:
     raise UserError(f"bbox={values!r}: four numbers x, y, width, height needed")
   x, y, width, height = box
   if width <= 0 or height <= 0:
     raise UserError(f"bbox={list(box)} has no area, but there is a mask")
+  # Rounding may put an edge a pixel outside.
+  if x < -1 or y < -1 or x + width > size[1] + 1 or y + height > size[0] + 1:
+    raise UserError(
+      f"bbox={list(box)} is not inside its image of {size[1]} x {size[0]} "
+      "pixels (width x height)"
+    )
   return x, y, width, height
 
 

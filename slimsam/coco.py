@@ -147,6 +147,7 @@ def _images(content: Raw, place: str) -> dict[int, Raw]:
     for key in ("id", "file_name", "height", "width"):
       if not isinstance(image, Mapping) or key not in image:
         raise UserError(f"{place}: an image has no {key!r}: {image!r:.80}")
+    _check_image(image, place)
     if image["id"] in found:
       raise UserError(f"{place}: two images have the id {image['id']}")
     found[image["id"]] = image
@@ -154,6 +155,16 @@ def _images(content: Raw, place: str) -> dict[int, Raw]:
     raise UserError(f"{place} holds no image")
   order = sorted(found, key=lambda i: natural_order(found[i]["file_name"]))
   return {i: found[i] for i in order}
+
+
+def _check_image(image: Raw, place: str) -> None:
+  for key, kind in (("id", int), ("file_name", str)):
+    if not isinstance(image[key], kind):
+      raise UserError(f"{place}: an image's {key} is {image[key]!r:.80}")
+  for key in ("height", "width"):
+    size = image[key]
+    if not isinstance(size, int | float) or size != int(size) or size < 1:
+      raise UserError(f"{place}: {image['file_name']}: {key} is {size!r:.80}")
 
 
 def _list(content: Raw, key: str, place: str) -> list[Any]:
@@ -187,7 +198,7 @@ def _entries(
   return tuple(
     _Entry(
       image["file_name"],
-      (image["height"], image["width"]),
+      (int(image["height"]), int(image["width"])),
       json.dumps(found[number]),
     )
     for number, image in used.items()
@@ -200,7 +211,7 @@ def _image_of(annotation: Any, images: Mapping[int, Raw], place: str) -> int:
       f"{place}: an annotation has no 'image_id': {annotation!r:.80}"
     )
   number = annotation["image_id"]
-  if number not in images:
+  if not isinstance(number, int) or number not in images:
     raise UserError(
       f"{place}: annotation {annotation.get('id')}: no image has the id "
       f"{number!r}"

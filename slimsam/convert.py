@@ -55,7 +55,10 @@ def main() -> None:
     raise UserError(
       f"--epsilon={args.epsilon}: --to={form} does not hold it; leave it out"
     )
-  convert(args.model, output, form, pad=args.pad, epsilon=args.epsilon)
+  try:
+    convert(args.model, output, form, pad=args.pad, epsilon=args.epsilon)
+  except OSError as error:
+    raise UserError(f"{args.output}: {error.strerror or error}") from error
 
 
 def convert(

@@ -11,7 +11,7 @@ not counted.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,9 @@ PROMPTS = ("point", "center", "box")
 # model itself takes for the best, and the one that truly is.
 CHOICES = ("single", "best", "oracle")
 PROMPTS_AT_ONCE = 16
+# Of some of an image's prompts: masks [n m h w], their predicted IoU [n m], and
+# which prompts.
+Answer = tuple[np.ndarray, np.ndarray, slice]
 
 
 class Ious(NamedTuple):
@@ -171,12 +174,16 @@ class Evaluator:
       for name in given:
         if name not in known:
           raise UserError(f"{what}: {name!r}{did_you_mean(name, known)}")
+      if len(set(given)) < len(given):
+        raise UserError(f"{what}={tuple(given)}: name each of them once")
     self._prompts, self._choices = tuple(prompts), tuple(choices)
     self._source = source
     self._images = list(_prompted(source, limit))
     if not self._images:
       raise UserError(
-        "none of the images has a mask: there is nothing to judge"
+        "none of the images has a mask, so that nothing can be judged: name "
+        "others, in a run with data.source.valid, such as "
+        "data.source.valid.kind='composite'"
       )
     self._teacher: list[_Teacher] | None = None
     if teacher is not None:
@@ -184,11 +191,15 @@ class Evaluator:
         _Teacher(
           np.asarray(embedding[0]),
           {
-            kind: [rle.encode(mask) for mask in masks[:, 0]]
-            for kind, (masks, _) in answers
+            kind: [
+              rle.encode(mask)
+              for masks, _, _ in answers
+              for mask in masks[:, 0]
+            ]
+            for kind, answers in by_kind
           },
         )
-        for embedding, answers in self._answers(*teacher)
+        for embedding, by_kind in self._answers(*teacher)
       ]
 
   @property
@@ -205,29 +216,37 @@ class Evaluator:
     """
     found: dict[str, list[np.ndarray]] = {}
     errors = []
-    for image, (embedding, answers) in enumerate(self._answers(params, sam)):
+    for image, (embedding, by_kind) in enumerate(self._answers(params, sam)):
       teacher = None if self._teacher is None else self._teacher[image]
       if teacher is not None and teacher.embedding.shape == embedding.shape[1:]:
         errors.append(np.mean(np.square(embedding[0] - teacher.embedding)))
-      for kind, (masks, iou) in answers:
-        made = mask_iou(masks, _stack(self._images[image].codes)[:, None])
-        for choice in self._choices:
-          name = f"gt/{kind}/{choice}"
-          found.setdefault(name, []).append(_chosen(choice, made, iou))
+      for kind, answers in by_kind:
+        truths = {"gt": self._images[image].codes}
         # A teacher is compared with as it is used.
         if teacher is not None and "single" in self._choices:
-          made = mask_iou(masks, _stack(teacher.codes[kind])[:, None])
-          name = f"teacher/{kind}/single"
-          found.setdefault(name, []).append(_chosen("single", made, iou))
+          truths["teacher"] = teacher.codes[kind]
+        for name, ious in self._agreement(kind, answers, truths).items():
+          found.setdefault(name, []).append(ious)
     ious = {name: Ious(images) for name, images in found.items()}
     return Judged(ious, float(np.mean(errors)) if errors else None)
 
+  def _agreement(
+    self, kind: str, answers: Iterable[Answer], truths: Mapping[str, Any]
+  ) -> dict[str, np.ndarray]:
+    """IoU of an image's prompts [n], by `TRUTH/PROMPT/CHOICE`."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for masks, predicted, place in answers:
+      for truth, codes in truths.items():
+        made = mask_iou(masks, _stack(codes[place])[:, None])
+        for choice in self._choices if truth == "gt" else ("single",):
+          name = f"{truth}/{kind}/{choice}"
+          parts.setdefault(name, []).append(_chosen(choice, made, predicted))
+    return {name: np.concatenate(ious) for name, ious in parts.items()}
+
   def _answers(
     self, params: PyTree, sam: Sam
-  ) -> Iterator[tuple[Array, list[Any]]]:
-    """Of each image, its embedding [1 g g c], and by kind of prompt masks
-    [n m h w] and their IoU [n m].
-    """
+  ) -> Iterator[tuple[Array, list[tuple[str, Iterator[Answer]]]]]:
+    """Of each image its embedding [1 g g c], and answers by kind of prompt."""
     size = sam.settings.encoder.image_size
     for own in self._images:
       image = preprocess(self._source[own.index].image, size)
@@ -242,22 +261,26 @@ class Evaluator:
 
   def _answer(
     self, params: PyTree, sam: Sam, own: Prompted, embedding: Array, kind: str
-  ) -> tuple[np.ndarray, np.ndarray]:
+  ) -> Iterator[Answer]:
+    """Some prompts after the other: masks are as large as the image."""
     size = sam.settings.encoder.image_size
     if kind == "box":
       prompts = np.asarray(scale_boxes(own.boxes, own.size, size))
     else:
       prompts = np.asarray(scale_points(own.points[kind], own.size, size))
     frame, (h, w) = make_frame(own.size, sam.settings), own.size
-    masks, ious = [], []
     for start in range(0, len(prompts), PROMPTS_AT_ONCE):
       part = prompts[start : start + PROMPTS_AT_ONCE]
       full = np.resize(part, (PROMPTS_AT_ONCE, part.shape[1]))
       logits, iou = answer_prompts(sam, params, embedding, full[None])
+      if self._choices == ("single",):
+        logits = logits[:, :, :1]
       large = np.asarray(_enlarged(logits[0], frame))
-      masks.append(large[: len(part), :, :h, :w])
-      ious.append(np.asarray(iou[0, : len(part)]))
-    return np.concatenate(masks), np.concatenate(ious)
+      yield (
+        large[: len(part), :, :h, :w],
+        np.asarray(iou[0, : len(part)]),
+        slice(start, start + len(part)),
+      )
 
 
 @functools.partial(jax.jit, static_argnums=0)

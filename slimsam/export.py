@@ -91,10 +91,13 @@ def main() -> None:
     decoder = decoder_graph(params, settings, single_mask=single)
     writers["encoder.onnx"] = encoder_graph(params, settings).write
     writers["decoder.onnx"] = decoder.write
-  output.mkdir(parents=True, exist_ok=True)
-  for name, write in writers.items():
-    size = write(output / name)
-    print(f"{output / name}: {size / 2**20:.1f} MiB")
+  try:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, write in writers.items():
+      size = write(output / name)
+      print(f"{output / name}: {size / 2**20:.1f} MiB")
+  except OSError as error:
+    raise UserError(f"{args.output}: {error.strerror or error}") from error
 
 
 def _write_bytes(data: bytes, path: pathlib.Path) -> int:

@@ -386,6 +386,8 @@ def _settings_of_hf(config: Mapping[str, Any], source: str) -> SamSettings:
       f"{source}: model_type={config.get('model_type')!r}: only 'sam' is read"
     )
   for part, only in _ONLY.items():
+    if not isinstance(config.get(part, {}), Mapping):
+      raise UserError(f"{source}: {part}={config[part]!r:.80} is no object")
     for key, value in only.items():
       found = config.get(part, {}).get(key, value)
       if found != value:
@@ -404,6 +406,20 @@ def _settings_of_hf(config: Mapping[str, Any], source: str) -> SamSettings:
     if key in _DECODER
   }
   prompts = config.get("prompt_encoder_config", {})
+  try:
+    return _hf_sizes(vision, decoder, prompts)
+  except TypeError as error:
+    raise UserError(
+      f"{source}: its configuration holds a value of a wrong kind: {error}"
+    ) from None
+
+
+def _hf_sizes(
+  vision: Mapping[str, Any],
+  decoder: Mapping[str, Any],
+  prompts: Mapping[str, Any],
+) -> SamSettings:
+  """The sizes that configurations of transformers' parts give."""
   width, depth = vision["hidden_size"], vision["num_hidden_layers"]
   mlp = vision["mlp_dim"] or int(width * vision["mlp_ratio"])
   return SamSettings(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from common.nn import Array
 from slimsam import decoder, encoder, init, prompts
@@ -104,7 +105,7 @@ class Sam(nn.Module):
     *,
     multimask: bool | None = True,
   ) -> Masks:
-    """Masks of prompts: points, boxes, or both.
+    """Masks of prompts: points, boxes, masks, or several of these.
 
     Args:
       embeddings: [b g g c], from `encode`.
@@ -116,7 +117,10 @@ class Sam(nn.Module):
         are not ambiguous; None: that one, and then the others.
     """
     own = self.prompt_encoder
-    sparse = prompts.encode_prompts(own, self.settings, points, labels, boxes)
+    if masks is not None and points is None and boxes is None:
+      sparse = jnp.zeros((*masks.shape[:2], 0, self.settings.encoder.out))
+    else:
+      sparse = prompts.encode_prompts(own, self.settings, points, labels, boxes)
     if masks is None:
       dense = prompts.no_masks(own, self.settings)
     else:

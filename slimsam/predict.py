@@ -207,13 +207,13 @@ class Predictor:
     multimask_output: bool = True,
     return_logits: bool = False,
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Masks of one prompt: points, a box, or both.
+    """Masks of one prompt: points, a box, a mask, or several of these.
 
     Args:
       point_coords: [n 2], x and y in pixels of the image.
       point_labels: [n], 1 on the object, 0 beside it.
       box: [4], left, top, right, bottom in pixels.
-      mask_input: [1 s s], logits of an earlier answer, beside the others.
+      mask_input: [1 s s], logits of an earlier answer.
       multimask_output: several masks, for prompts that may mean several
         things, or the one.
       return_logits: masks as numbers, which are above 0 inside.
@@ -354,9 +354,9 @@ class Predictor:
     original, side = self._size(), 4 * self.settings.encoder.grid
     if (points is None) != (labels is None):
       raise UserError("points and labels go together: give both or neither")
-    if points is None and boxes is None:
+    if points is None and boxes is None and masks is None:
       raise UserError(
-        "there is no prompt: give points with labels, a box, or both"
+        "there is no prompt: give points with labels, a box, or a mask"
       )
     given: dict[str, np.ndarray] = {}
     if points is not None:

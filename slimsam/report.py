@@ -42,7 +42,9 @@ def part_report(name: str, terms: tuple[str, ...]) -> ReportSpec:
   if losses:
     plots.append(Plot("Terms of the loss", losses, yscale="log"))
     plots.append(
-      Plot("Held-out embedding error", (r"valid/mse",), yscale="log")
+      Plot(
+        "Embedding error on validation images", (r"valid/mse",), yscale="log"
+      )
     )
   plots += [
     Plot("Mean IoU with true masks", (r"miou/gt/(.+)",), ylabel="mean IoU"),
@@ -59,20 +61,21 @@ def part_report(name: str, terms: tuple[str, ...]) -> ReportSpec:
   )
 
 
-def write_page(run: Run, original: Model, stages: list[str]) -> str:
+def write_page(
+  run: Run, original: Model, stages: list[str], scores: dict[str, float]
+) -> str:
   """Writes the page of the whole run: sizes, work and quality at each stage.
 
   Args:
     run: whose folder holds the trainings.
     original: the model that was slimmed.
     stages: that were run, in their order.
+    scores: of the original.
 
   Returns:
     Its path.
   """
-  measured = run.measure(original)
-  rows = [_row("original", original, measured(
-    original.encoder, original.settings))]  # fmt: skip
+  rows = [_row("original", original, scores)]
   models = {"original": original}
   for name in stages:
     model = models[name] = Model.load(run.folder / name / MODEL)
@@ -90,8 +93,10 @@ def write_page(run: Run, original: Model, stages: list[str]) -> str:
       f"A ratio of {run.config.prune.ratio:g} of every width, importance "
       f"`{run.config.importance.kind}`, losses `{run.config.distill.preset}`. "
       f"Mean IoU in percent, over {run.config.evaluation.images or 'all'} "
-      "held-out images at most: of one mask for a point or a box with the true "
-      "mask, of the best of three, and with the mask that the original finds.",
+      "validation images at most: of one mask for a point or a box with the "
+      "true mask, of the best of three, and with the mask that the original "
+      "finds. The same images chose each training's best checkpoint by "
+      f"`{run.config.evaluation.best}`: `slimsam.evaluate` judges by others.",
       markdown_table(header, rows),
       "## Masks",
       "The first validation images, of each the largest object, found by the "

@@ -13,8 +13,14 @@ from common.errors import UserError
 EPSILONS = ("original", "hf")
 
 
+def _whole(name: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool):
+    raise UserError(f"{name}={value!r} must be a whole number")
+
+
 def _at_least(cfg: Any, name: str, least: int) -> None:
   value = getattr(cfg, name)
+  _whole(name, value)
   if value < least:
     raise UserError(f"{name}={value} must be at least {least}")
 
@@ -239,6 +245,9 @@ def _check_encoder(cfg: EncoderSettings) -> None:
     raise UserError(
       f"image_size={cfg.image_size} is not divisible by patch={cfg.patch}"
     )
+  for name in ("qkv_widths", "mlp_widths", "global_blocks"):
+    for value in getattr(cfg, name):
+      _whole(name, value)
   if not cfg.qkv_widths or len(cfg.qkv_widths) != len(cfg.mlp_widths):
     raise UserError(
       f"{len(cfg.qkv_widths)} qkv_widths and {len(cfg.mlp_widths)} mlp_widths: "

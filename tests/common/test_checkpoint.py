@@ -78,6 +78,7 @@ def test_everything_comes_back_on_another_mesh(tmp_path, mesh):
     abstract(state, other), data, {"log": hook}
   )
   chex.assert_trees_all_equal(numpy(state), numpy(restored))
+  chex.assert_trees_all_equal_dtypes(state, restored)  # a key is a key
   assert restored.params["kernel"].sharding.mesh.shape["data"] == 2
   assert (data.value, hook.value) == ({"step": 3}, [1.5])
 

@@ -40,9 +40,13 @@ def an_image(id_, name, **changes):
 def write(path, images, annotations):
   """Returns the folder and the file."""
   for image in images:
-    file = path / "images" / image["file_name"]
+    file = path / "images" / str(image["file_name"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (WIDTH, HEIGHT), (image["id"], 0, 0)).save(file, "png")
+    Image.new(
+      "RGB",
+      (WIDTH, HEIGHT),
+      (image["id"] if isinstance(image["id"], int) else 0, 0, 0),
+    ).save(file, "png")
   content = {"images": images, "annotations": annotations, "categories": []}
   (path / "instances.json").write_text(json.dumps(content))
   return str(path / "images"), str(path / "instances.json")
@@ -98,6 +102,7 @@ BAD = [
   ),
   ({"bbox": [1, 2, 6, 0]}, "bbox=[1.0, 2.0, 6.0, 0.0] has no area"),
   ({"bbox": ...}, "bbox=None: four numbers"),
+  ({"bbox": [1, 2, 1e300, 3]}, "is not inside its image of 10 x 8 pixels"),
 ]
 
 
@@ -118,6 +123,10 @@ FILES = [
   ([an_image(1, "a.jpg", height=...)], [], "an image has no 'height'"),
   ([an_image(1, "a.jpg"), an_image(1, "b.jpg")], [], "two images have the id"),
   ([], [], "holds no image"),
+  ([an_image([1], "a.jpg")], [], "an image's id is [1]"),
+  ([an_image(1, 7)], [], "an image's file_name is 7"),
+  ([an_image(1, "a.jpg", height=8.5)], [], "a.jpg: height is 8.5"),
+  (IMAGES, [annotation(8, image_id=[1])], "no image has the id [1]"),
   (IMAGES, [annotation(8, 2)], "annotation 8: no image has the id 2"),
   (IMAGES, [annotation(8, image_id=...)], "an annotation has no 'image_id'"),
   (IMAGES, {}, "no list under the key 'annotations'"),

@@ -158,6 +158,8 @@ def test_what_cannot_be_judged_is_refused():
 
   with pytest.raises(UserError, match="none of the images has a mask"):
     Evaluator(Nothing())
+  with pytest.raises(UserError, match="name each of them once"):
+    Evaluator(Blobs(), prompts=("point", "point"))
   for given in ({"prompts": ("pont",)}, {"choices": ("orcale",)}):
     with pytest.raises(UserError, match="did you mean"):
       Evaluator(Blobs(), **given)

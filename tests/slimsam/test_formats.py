@@ -246,6 +246,21 @@ def test_a_model_that_ends_within_windows_is_doubted(params, caplog):
   assert "x.pth: the last of 3 blocks attends within windows" in caplog.text
 
 
+@pytest.mark.parametrize(
+  "vision",
+  [None, "x", {"hidden_size": "16"}, {"hidden_size": 16.5},
+   {"global_attn_indexes": None}, {"num_hidden_layers": None},
+   {"global_attn_indexes": [0.5]}],
+)  # fmt: skip
+def test_a_configuration_of_wrong_kinds_is_one_line(params, vision):
+  weights, config = to_hf(params, UNIFORM)
+  if isinstance(vision, dict):
+    vision = config["vision_config"] | vision
+  with pytest.raises(UserError) as error:
+    from_hf(weights, config | {"vision_config": vision}, source="folder")
+  assert "\n" not in str(error.value)
+
+
 def test_something_else_is_no_sam():
   with pytest.raises(UserError, match=r"image_encoder\.pos_embed.*whole\?"):
     from_sam({"conv1.weight": np.zeros((1, 1), np.float32)}, source="r.pth")

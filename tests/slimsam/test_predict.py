@@ -101,6 +101,15 @@ def many(mask_input):
   return *map(np.array, (POINTS, LABELS, BOXES)), mask_input
 
 
+def test_a_mask_alone_is_a_prompt(predictor, mask_input):
+  """One that nothing else tells apart; tokens of zeros are others."""
+  masks, scores, logits = predictor.predict(mask_input=mask_input[:1])
+  assert masks.shape == (3, H, W)
+  assert np.isfinite(scores).all()
+  others = predictor.predict(mask_input=mask_input[1:2])[2]
+  assert np.abs(logits - others).max() > 1e-3
+
+
 def test_many_prompts_are_each_by_itself(predictor, many):
   masks, scores, low_res = predictor.predict_batch(*many)
   assert masks.shape == (3, 3, H, W)
@@ -195,7 +204,7 @@ NO_MASK = np.zeros((1, 20, 20))
   ("arguments", "text"),
   [
     ({}, "there is no prompt"),
-    ({"mask_input": NO_MASK}, "there is no prompt"),
+    ({"mask_input": NO_MASK[:, 1:]}, "masks [1, 19, 20] must be"),
     ({"point_coords": [[1, 2]]}, "points and labels go together"),
     ({"point_labels": [1]}, "points and labels go together"),
     ({"point_coords": [[1, 2], [71, 3]], "point_labels": [1, 1]},

@@ -184,6 +184,7 @@ BAD = [
   ({"bbox": [0, 0, 6]}, "bbox=[0, 0, 6]: four numbers"),
   ({"bbox": [0, 0, 6, float("nan")]}, "four numbers"),
   ({"bbox": ...}, "bbox=None: four numbers"),
+  ({"bbox": [100, 100, 5, 5]}, "is not inside its image of 7 x 5 pixels"),
   ({"point_coords": [[8, 1]]}, "its point (8, 1) is outside of the image of 7"),
   ({"point_coords": [[1]]}, "point_coords=[[1]]: pairs of numbers"),
   ({"point_coords": [3, 4]}, "point_coords=[3, 4]: pairs of numbers"),
