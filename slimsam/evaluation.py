@@ -221,7 +221,7 @@ class Evaluator:
       if teacher is not None and teacher.embedding.shape == embedding.shape[1:]:
         errors.append(np.mean(np.square(embedding[0] - teacher.embedding)))
       for kind, answers in by_kind:
-        truths = {"gt": self._images[image].codes}
+        truths: dict[str, Any] = {"gt": self._images[image].codes}
         # A teacher is compared with as it is used.
         if teacher is not None and "single" in self._choices:
           truths["teacher"] = teacher.codes[kind]

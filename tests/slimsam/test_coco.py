@@ -42,11 +42,8 @@ def write(path, images, annotations):
   for image in images:
     file = path / "images" / str(image["file_name"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(
-      "RGB",
-      (WIDTH, HEIGHT),
-      (image["id"] if isinstance(image["id"], int) else 0, 0, 0),
-    ).save(file, "png")
+    red = image["id"] if isinstance(image["id"], int) else 0
+    Image.new("RGB", (WIDTH, HEIGHT), (red, 0, 0)).save(file, "png")
   content = {"images": images, "annotations": annotations, "categories": []}
   (path / "instances.json").write_text(json.dumps(content))
   return str(path / "images"), str(path / "instances.json")
