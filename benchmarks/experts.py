@@ -19,7 +19,7 @@ expert. `one-hot` multiplies tokens with a one-hot array of experts and places
 all tokens and keeps one, as the reference of THOR does.
 
 Traffic: on 8 simulated devices, in a process of its own, compiled and not run;
-bytes that a device sends, as `experts_traffic` reads them from the program,
+bytes that a device sends, as `traffic` reads them from the program,
 beside the formulas in the docstring of `common.parallel.experts`.
 
 Outputs are written into the memory of the outputs before them, and the process
@@ -45,7 +45,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from common.parallel import experts, make_mesh
-from common.parallel.experts_traffic import bytes_sent
+from common.parallel.traffic import bytes_sent
 
 DEVICES, EXPERTS = 8, 4  # of the traffic; of the rows that choose by token
 SELECTED = 1.10

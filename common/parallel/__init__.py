@@ -4,6 +4,7 @@ from typing import Any
 
 _EXPORTS = {
   "linear_scan": "common.parallel.scan",
+  "linear_scan_step": "common.parallel.scan",
   "make_mesh": "common.parallel.mesh",
   "batch_sharding": "common.parallel.mesh",
   "constrain": "common.parallel.mesh",

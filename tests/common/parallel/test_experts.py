@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from common.errors import UserError
 from common.parallel import experts, make_mesh
 from common.parallel.experts import Placement
-from common.parallel.experts_traffic import bytes_sent
+from common.parallel.traffic import bytes_sent
 
 E, D, F = 8, 6, 16
 MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2})

@@ -14,6 +14,8 @@ FORMS = {
   "sequential": {"impl": "sequential"},
   "associative": {"impl": "associative"},
   "chunks": {"impl": "chunked", "chunk": 4},
+  "triton": {"impl": "triton"},
+  "mosaic": {"impl": "mosaic"},
 }
 forms = pytest.mark.parametrize("form", FORMS)
 directions = pytest.mark.parametrize("reverse", [False, True])
@@ -226,7 +228,7 @@ def test_auto_is_sequential_on_a_cpu():
 
 @forms
 @directions
-def test_bfloat16_is_rounded_once(reverse, form):
+def test_bfloat16_is_rounded_at_the_end(reverse, form):
   """The carry is float32: only the inputs and outputs are rounded."""
   x, a, h0, g, g_last = inputs(time=40)
   x, a = x.astype(jnp.bfloat16), (0.9 + 0.1 * a).astype(jnp.bfloat16)
@@ -246,10 +248,13 @@ def test_bfloat16_is_rounded_once(reverse, form):
   )
   close(last, exact[1], rtol=1e-4, atol=1e-4)
   close(dh0, exact[4], rtol=1e-4, atol=1e-4)
-  for got, expected in ((h, exact[0]), (dx, exact[2]), (da, exact[3])):
-    # 8 bits of mantissa: half a unit in the last place is at most 2**-8.
+  # 8 bits of mantissa: half a unit in the last place is at most 2**-8. The
+  # gates' gradient is rounded twice: states are kept as they are returned.
+  for got, expected, rounded in (
+    (h, exact[0], 1), (dx, exact[2], 1), (da, exact[3], 2)
+  ):  # fmt: skip
     np.testing.assert_allclose(
-      np.float32(got), expected, rtol=2.0**-8, atol=1e-4
+      np.float32(got), expected, rtol=rounded * 2.0**-8, atol=1e-4
     )
 
 
@@ -468,83 +473,22 @@ def test_the_sequential_loop_needs_no_temporaries(reverse):
   assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * array
 
 
-# -- sharded along time --------------------------------------------------------
+@pytest.mark.parametrize("impl", ["sequential", "chunked"])
+def test_16_bits_are_never_converted_as_a_whole(impl):
+  """On a CPU a loop that slices them would do so at every step."""
+  x = jax.ShapeDtypeStruct((2, 512, 64), jnp.bfloat16)
+  reset = jax.ShapeDtypeStruct((2, 512), bool)
 
-
-@directions
-@pytest.mark.parametrize(
-  ("form", "shards"),
-  [
-    ("sequential", 1),
-    ("sequential", 2),
-    ("sequential", 4),
-    ("sequential", 8),
-    ("associative", 8),
-    ("chunks", 2),
-  ],
-)
-def test_sharded_in_time_is_unsharded(form, shards, reverse):
-  arrays = inputs(time=24)
-  # Inside a shard, at the start of one and at the end of one.
-  reset = make_reset([4, 9, 12, 17], time=24)
-  expected = run("sequential", *arrays, reverse=reverse, reset=reset)
-  with jax.set_mesh(make_mesh(seq=shards)):
-    got = run(form, *arrays, reverse=reverse, reset=reset, mesh_axis="seq")
-  for value, wanted in zip(got, expected, strict=True):
-    close(value, wanted)
-  assert not np.any(np.asarray(got[3])[reset])
-
-
-def test_sharded_in_time_and_rows_under_other_transformations():
-  x, a, _, g, _ = inputs(batch=4, time=16)
-
-  def loss(x, a, mesh_axis=None):
-    @jax.checkpoint
-    def layer(x, _):
-      run = functools.partial(linear_scan, reverse=True, mesh_axis=mesh_axis)
-      return x + jax.vmap(run)(x[None], a[None])[0][0], None
-
-    out, _ = jax.lax.scan(layer, x, length=2)
-    return jnp.sum(out * g)
-
-  expected = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, a)
-  mesh = make_mesh(data=2, seq=4)
-  with jax.set_mesh(mesh):
-    place = NamedSharding(mesh, jax.P("data", "seq"))
-    x, a = jax.device_put((x, a), place)
-    grad = jax.grad(functools.partial(loss, mesh_axis="seq"), argnums=(0, 1))
-    got = jax.jit(grad)(x, a)
-  for value, wanted in zip(got, expected, strict=True):
-    assert value.sharding.is_equivalent_to(place, 3)
-    np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
-
-
-@forms
-def test_shards_exchange_states_and_decays_only(form):
-  mesh = make_mesh(seq=4)
-  time = NamedSharding(mesh, jax.P(None, "seq"))
-  whole = NamedSharding(mesh, jax.P())
-  placed = jax.device_put(inputs(time=24), (time, time, whole, time, whole))
-  with jax.set_mesh(mesh):
-    compiled = run.lower(form, *placed, mesh_axis="seq").compile()
-  # State and decay, which the compiler may join; the cotangent's state.
-  counts = collectives(compiled)
-  assert set(counts) == {"all-gather"}
-  assert 2 <= counts["all-gather"] <= 3
-
-
-def test_sharded_bfloat16():
-  x, a, h0, g, g_last = inputs(time=16)
-  arrays = x.astype(jnp.bfloat16), a.astype(jnp.bfloat16), h0, g, g_last
-  expected = run("sequential", *arrays)
-  with jax.set_mesh(make_mesh(seq=4)):
-    got = run("sequential", *arrays, mesh_axis="seq")
-  for value, wanted in zip(got, expected, strict=True):
-    assert value.dtype == wanted.dtype
-    # A float32 difference may round to the other bf16 neighbour.
-    np.testing.assert_allclose(
-      np.float32(value), np.float32(wanted), rtol=2.0**-7, atol=1e-4
+  def run(x, a, g, reset):
+    h, pullback = jax.vjp(
+      lambda x, a: linear_scan(x, a, reset=reset, impl=impl, chunk=128)[0], x, a
     )
+    return h, pullback(g)
+
+  text = jax.jit(run).lower(x, x, x, reset).compile().as_text()
+  assert "u16[2,512,64]" in text or "u16[4,2,128,64]" in text
+  assert "f32[2,512,64]" not in text
+  assert "f32[2,128,64]" not in text
 
 
 # -- errors --------------------------------------------------------------------
@@ -556,7 +500,7 @@ ERRORS = {
     (ONE, ONE),
     {"impl": "pallas"},
     ValueError,
-    r"impl='pallas'.*auto.*sequential.*associative.*chunked",
+    r"impl='pallas'.*auto.*sequential.*associative.*chunked.*triton.*mosaic",
   ),
   "chunk": (
     (ONE, ONE),
@@ -576,6 +520,12 @@ ERRORS = {
     ValueError,
     r"a has .*\(2, 1, 3\).*6, 3\)",
   ),
+  "heads": (
+    (ONE, ONE[..., :2]),
+    {},
+    ValueError,
+    r"a has shape \(2, 6, 2\).*\(2, 6\) and a divisor of 3",
+  ),
   "h0 shape": ((ONE, ONE, ONE), {}, ValueError, r"h0 has .*must be \(2, 3\)"),
   "reset shape": (
     (ONE, ONE),
@@ -586,6 +536,7 @@ ERRORS = {
   "x dtype": ((np.int32(ONE), ONE), {}, TypeError, r"x is int32"),
   "a dtype": ((ONE, ONE > 0), {}, TypeError, r"a is bool"),
   "h0 dtype": ((ONE, ONE, np.int32(ONE[:, 0])), {}, TypeError, r"h0 is int32"),
+  "complex gates": ((ONE, 1j * ONE), {}, TypeError, r"a is complex.*x float32"),
   "reset dtype": (
     (ONE, ONE),
     {"reset": ONE[:, :, 0]},
@@ -607,11 +558,3 @@ def test_errors_name_the_argument(case):
   with pytest.raises(kind, match=message) as error:
     linear_scan(*args, **options)
   assert "\n" not in str(error.value)
-
-
-def test_errors_of_the_mesh_axis():
-  with jax.set_mesh(make_mesh(data=2, seq=4)):
-    with pytest.raises(ValueError, match=r"'time' is not.*'data', 'seq'"):
-      linear_scan(ONE, ONE, mesh_axis="time")
-    with pytest.raises(ValueError, match=r"\(2, 6, 3\).* 6 steps .* 4 shards"):
-      linear_scan(ONE, ONE, mesh_axis="seq")

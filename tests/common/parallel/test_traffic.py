@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.parallel.experts_traffic import bytes_sent
+from common.parallel.traffic import bytes_sent
 
 LINES = {
   "%a = f32[16,6]{1,0} all-gather(%b), replica_groups={{0,1,2,3},{4,5,6,7}}": {
