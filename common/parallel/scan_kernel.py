@@ -33,7 +33,8 @@ class Kernel(NamedTuple):
     reverse: the direction of the forward pass; for "reduce" its own.
     log_gates: as for `Form`.
     has_reset: whether the last array says where gates are 0.
-    interpret: as plain operations, on any platform.
+    interpret: as plain operations, on any platform; or Pallas' parameters of
+      a simulated TPU.
   """
 
   impl: str
@@ -41,7 +42,7 @@ class Kernel(NamedTuple):
   reverse: bool
   log_gates: bool
   has_reset: bool
-  interpret: bool = False
+  interpret: Any = False
 
 
 def forward(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 
 from common.parallel import linear_scan, scan_mosaic, scan_triton
@@ -188,3 +189,25 @@ def test_a_mapped_axis_joins_the_rows(oracle):
       wanted, wanted_last = oracle.loop(drive, a, h0)
       close(own, wanted)
       close(own_last, wanted_last)
+
+
+def test_mosaic_on_a_simulated_tpu(oracle):
+  """What is read beyond the end of an array is NaN there."""
+  x, a, h0, g, g_last, reset = draw(1, 20, 3)
+  params = pltpu.InterpretParams(uninitialized_memory="nan")
+  for task, arrays, count in (
+    ("forward", (x, a, h0), 2),
+    ("backward", (a, oracle.loop(x, a, h0, reset=reset)[0], h0, g, g_last), 3),
+  ):
+    kernel = Kernel("", task, False, False, True, interpret=params)
+    arrays = [np.asarray(array, np.float32) for array in arrays]
+    found = scan_mosaic.run(
+      kernel, *arrays, reset, count=1, dtypes=("float32",) * count
+    )
+    expected = (
+      oracle.loop(x, a, h0, reset=reset)
+      if task == "forward"
+      else oracle.gradients(x, a, h0, g, g_last, reset=reset)
+    )
+    for value, wanted in zip(found, expected, strict=True):
+      close(value, wanted)
