@@ -138,8 +138,11 @@ def load_run(run_dir: str | os.PathLike, *, step: int | None = None) -> Run:
   from common.checkpoint import load_params
   from common.config import load_config
   from common.data.tokenizers import make_tokenizer
+  from common.errors import UserError
 
   config = load_config(run_dir)
+  if "tokenizer" not in config:
+    raise UserError(f"{os.fspath(run_dir)} holds a run of another method")
   tokenizer = make_tokenizer(config.tokenizer)
   vocab = make_vocabulary(tokenizer)
   model = make_model(config.model, vocab.size)

@@ -27,4 +27,5 @@ if __name__ == "__main__":
     name="birdie",
     description="Trains a state-space language model under Birdie's mixture.",
     example="python -m birdie.main --config=configs/birdie.py:smoke",
+    needs=("mixture",),
   )

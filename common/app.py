@@ -13,6 +13,7 @@ Nothing here imports jax before the flags are known to be right, so `--help`
 and refusals come at once.
 """
 
+import _thread
 import argparse
 import contextlib
 import errno
@@ -47,6 +48,7 @@ def run(
   argv: Sequence[str] | None = None,
   verb: str = "main",
   aliases: Mapping[str, str] | None = None,
+  needs: Sequence[str] = (),
 ) -> NoReturn:
   """Reads the command line, prepares the process, calls `main`, exits.
 
@@ -61,6 +63,7 @@ def run(
     verb: the program's module in the package; others than `main` have default
       folders of their own.
     aliases: short flags for keys of the configuration: flag -> key.
+    needs: keys that tell a configuration of this program from others.
   """
   is_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
@@ -76,6 +79,12 @@ def run(
     if args.config is None:
       raise UserError(f"--config is missing; for example: {example}")
     config, _ = flags.load_config_file(args.config)
+    for key in needs:
+      if key not in config:
+        raise UserError(
+          f"--config={args.config} is none of {name}: it has no {key!r}; for "
+          f"example: {example}"
+        )
     for alias, key in aliases.items():
       value = getattr(args, alias)
       if value is not None:
@@ -87,6 +96,7 @@ def run(
       return
     _check_distributed(args)
     workdir = make_workdir(args.workdir or _default_workdir(args.config, verb))
+    config_lib.check_kind(workdir, config)
     _start_jax(args, config)
     with logging_to(workdir, own={"common", name, "__main__"}):
       main(config, workdir)
@@ -138,7 +148,11 @@ def _quiet_threads() -> Iterator[None]:
       before[0](args)
 
   def stray(args: Any) -> None:
-    if str(args.exc_value) != "Event loop is closed":
+    if issubclass(args.exc_type, KeyboardInterrupt):
+      # It came where errors go nowhere, such as in a callback of the garbage
+      # collector: again, at the next place where it counts.
+      _thread.interrupt_main()
+    elif str(args.exc_value) != "Event loop is closed":
       before[1](args)
 
   threading.excepthook, sys.unraisablehook = in_thread, stray

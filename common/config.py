@@ -19,6 +19,7 @@ from common import files
 from common.errors import UserError
 
 FILE_NAME = "config.json"
+_SHOWN = 8  # changed keys in a message
 _TUPLE = "__tuple__"
 _FLOAT = "__float__"
 Config = ConfigDict | Mapping[str, Any]
@@ -265,6 +266,25 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise UserError(f"{path} is damaged: {error}") from None
 
 
+def check_kind(workdir: str | os.PathLike[str], config: Config) -> None:
+  """Refuses a folder that holds a run of another method.
+
+  Raises:
+    UserError: when each configuration has sections that the other has not.
+  """
+  from etils import epath
+
+  if not (epath.Path(workdir) / FILE_NAME).exists():
+    return
+  found, own = set(load_config(workdir)), set(config)
+  if found - own and own - found:
+    raise UserError(
+      f"{os.fspath(workdir)} holds a run of another method (it has "
+      f"{min(found - own)!r} and no {min(own - found)!r}): choose another "
+      "--workdir"
+    )
+
+
 def check_resume(
   workdir: str | os.PathLike[str],
   config: Config,
@@ -294,7 +314,10 @@ def check_resume(
     if not any(key == p or key.startswith(f"{p}.") for p in prefixes)
   ]
   if changed:
+    shown = "; ".join(changed[:_SHOWN])
+    if len(changed) > _SHOWN:
+      shown += f"; and {len(changed) - _SHOWN} more"
     raise UserError(
       f"{os.fspath(workdir)} holds a run of another configuration "
-      f"({'; '.join(changed)}); choose another --workdir to start a new run"
+      f"({shown}); choose another --workdir to start a new run"
     )

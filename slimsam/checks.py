@@ -101,7 +101,7 @@ def _check_evaluation(config: Any) -> None:
   _one_of("evaluation.prompts", cfg.prompts, PROMPTS)
   _one_of("evaluation.choices", cfg.choices, CHOICES)
   measured = [f"miou/gt/{p}/{c}" for p in cfg.prompts for c in cfg.choices]
-  if config.teacher.path and "single" in cfg.choices:
+  if "single" in cfg.choices:
     measured += [f"miou/teacher/{p}/single" for p in cfg.prompts]
   if cfg.best not in measured:
     raise UserError(

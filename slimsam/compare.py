@@ -385,4 +385,5 @@ if __name__ == "__main__":
     example=EXAMPLE,
     verb="compare",
     aliases={"seeds": "compare.seeds", "systems": "compare.systems"},
+    needs=("teacher", "prune"),
   )

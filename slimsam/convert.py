@@ -47,10 +47,10 @@ def main() -> None:
   output = pathlib.Path(args.output).expanduser()
   if output.is_file() or (output.is_dir() and any(output.iterdir())):
     raise UserError(f"{args.output} is there already: name a new one")
-  if (form == "pth") != (output.suffix == ".pth"):
-    parser.error(
-      f"{args.output}: a .pth is a file of segment-anything, --to=pth"
-    )
+  if form == "pth" and output.suffix != ".pth":
+    parser.error(f"{args.output}: --to=pth writes a file: call it NAME.pth")
+  if form != "pth" and output.suffix == ".pth":
+    parser.error(f"{args.output} is a folder with --to={form}: drop .pth")
   if args.epsilon and form != "native":
     raise UserError(
       f"--epsilon={args.epsilon}: --to={form} does not hold it; leave it out"

@@ -101,7 +101,10 @@ def _page(model: str, found: dict[str, Any]) -> str:
     return str(values[0]) if same else ", ".join(map(str, values))
 
   def giga(name: str) -> str:
-    return f"{found[name] / 1e9:10.3f} G"
+    value = found[name]
+    if value < 1e8:
+      return f"{value / 1e6:10.3f} M"
+    return f"{value / 1e9:10.3f} G"
 
   lines = [
     f"{model}, {len(widths['qkv'])} blocks",

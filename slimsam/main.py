@@ -16,4 +16,5 @@ if __name__ == "__main__":
     name="slimsam",
     description="Makes Segment Anything small by pruning and distillation.",
     example="python -m slimsam.main --config=configs/slimsam.py:smoke",
+    needs=("teacher", "prune"),
   )

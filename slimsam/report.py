@@ -81,7 +81,9 @@ def write_page(
     model = models[name] = Model.load(run.folder / name / MODEL)
     pruned = files.read_json(run.folder / name / PRUNED)
     rows.append(_row(f"{name}, pruned", model, pruned))
-    rows.append(_row(f"{name}, trained", model, _best(run, name)))
+    best, last = _best(run, name)
+    title = f"{name}, trained, update {best['step']:.0f} of {last:.0f}"
+    rows.append(_row(title, model, best))
   header = (
     "model", "encoder parameters", "conv and linear, G MAC", "all, G MAC",
     *(title for _, title, _ in _SHOWN),
@@ -122,11 +124,14 @@ def _parts(run: Run, stages: list[str]) -> list[str]:
   return [*([] if run.config.teacher.path else ["teacher"]), *stages]
 
 
-def _best(run: Run, name: str) -> dict[str, float]:
-  """What was measured of the checkpoint that became the model."""
+def _best(run: Run, name: str) -> tuple[dict[str, float], float]:
+  """What was measured of the checkpoint that became the model, and the last
+  update.
+  """
   best = run.config.evaluation.best
   lines = [line for line in read_metrics(run.folder / name) if best in line]
-  return max(lines, key=lambda line: (line[best], -line["step"]))
+  chosen = max(lines, key=lambda line: (line[best], -line["step"]))
+  return chosen, lines[-1]["step"]
 
 
 def _row(name: str, model: Model, found: dict[str, float]) -> tuple[str, ...]:

@@ -164,7 +164,8 @@ def _teacher_part(run: Run, settings: SamSettings) -> Part:
     name="teacher",
     num_steps=cfg.num_steps,
     every=cfg.every,
-    best=run.config.evaluation.best,
+    # There is no teacher of the teacher: true masks stand for its masks.
+    best=run.config.evaluation.best.replace("/teacher/", "/gt/"),
     mesh=run.mesh,
     rows=cfg.rows,
     create=lambda: init_sharded(init, run.mesh, RULES, key),

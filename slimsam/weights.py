@@ -42,6 +42,8 @@ def load_model(path: Any) -> tuple[PyTree, SamSettings]:
     UserError: for what is missing, broken, or none of them.
   """
   place = pathlib.Path(path).expanduser()
+  if place.is_file() and place.suffix in (".npz", ".safetensors"):
+    raise UserError(f"{path} is part of a model: give its folder")
   if place.is_file():
     return from_sam(read_weights(str(place)), source=str(path))
   if (place / "settings.json").exists():
@@ -50,6 +52,8 @@ def load_model(path: Any) -> tuple[PyTree, SamSettings]:
     return _load_ours(place / "model")
   if (place / "config.json").exists():
     config = files.read_json(place / "config.json")
+    if "model_type" not in config:
+      raise UserError(f"{path} holds something else than a SAM")
     for name in ("model.safetensors", "pytorch_model.bin"):
       if (place / name).exists():
         weights = read_weights(str(place / name))

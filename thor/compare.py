@@ -252,4 +252,5 @@ if __name__ == "__main__":
     example=EXAMPLE,
     verb="compare",
     aliases={"seeds": "compare.seeds", "systems": "compare.systems"},
+    needs=("routing",),
   )

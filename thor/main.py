@@ -16,4 +16,5 @@ if __name__ == "__main__":
     name="thor",
     description="Trains Transformers whose experts are drawn at random.",
     example="python -m thor.main --config=configs/thor.py:smoke",
+    needs=("routing",),
   )

@@ -282,4 +282,5 @@ if __name__ == "__main__":
     example=EXAMPLE,
     verb="compare",
     aliases={"seeds": "compare.seeds", "algorithms": "compare.algorithms"},
+    needs=("algorithm",),
   )

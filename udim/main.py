@@ -27,4 +27,5 @@ if __name__ == "__main__":
     name="udim",
     description="Trains classifiers for domains that nobody has seen.",
     example="python -m udim.main --config=configs/udim.py:smoke",
+    needs=("algorithm",),
   )

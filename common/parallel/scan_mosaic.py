@@ -39,9 +39,11 @@ GROUP = 16  # rows that are aligned in float32 and in 16 bits
 class Blocks(NamedTuple):
   """What is in VMEM at once.
 
+  Five arrays of them twice, 10 MiB in float32, are what a gradient needs.
+
   Attributes:
     steps: of time, a multiple of 128.
-    channels: a multiple of 128.
+    channels: a multiple of 256, of real numbers; half as many complex ones.
   """
 
   steps: int = 256
@@ -98,7 +100,7 @@ def run(
   """
   batch, length, channels = arrays[0].shape
   blocks = blocks or Blocks()
-  lanes = channels if channels <= blocks.channels else blocks.channels
+  lanes = min(blocks.channels // count, channels)  # planes share the room
   plan = _Plan(kernel, count, length, channels, blocks.steps, lanes)
   values, reset = list(arrays), None
   if kernel.has_reset:

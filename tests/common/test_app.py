@@ -421,14 +421,17 @@ def test_a_verb_takes_the_parser_and_the_statuses(capsys):
   assert "example:\n  toy 1" in capsys.readouterr().out
 
 
+def environment():
+  root = os.path.dirname(os.path.dirname(app.__file__))
+  return {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+
 def start(folder, *arguments):
   (folder / "toy_main.py").write_text(MAIN)
-  root = os.path.dirname(os.path.dirname(app.__file__))
-  environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
     [sys.executable, "-P", "toy_main.py", *arguments],
     cwd=folder,
-    env=environment,
+    env=environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -477,3 +480,40 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
   assert processes[0].returncode == 1
   assert results[0][1].count("RuntimeError: boom") == 1
   assert processes[1].returncode != 0
+
+
+def test_a_configuration_of_another_program_is_refused(run):
+  result = run("--config=configs/toy.py", needs=("seed", "teacher"))
+  assert result.status == 2
+  assert not result.calls
+  assert "configs/toy.py is none of toy: it has no 'teacher'" in result.err
+
+
+DIES = """
+import signal
+from common import app
+
+class Dies:
+  def __del__(self):
+    raise KeyboardInterrupt
+
+def main(config, workdir):
+  Dies()
+  for _ in range(1000):  # a place where it counts
+    pass
+  raise AssertionError("nobody heard of it")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+app.run(main, name="toy", description="", example="")
+"""
+
+
+def test_an_interrupt_in_a_destructor_counts():
+  """Python drops what is raised there."""
+  done = subprocess.run(
+    [sys.executable, "-c", DIES, "--config=configs/toy.py"],
+    env=environment(),
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -57,6 +57,25 @@ def test_variants_apply_from_left_to_right(variant, seed, lr):
   assert config.is_locked
 
 
+def test_a_run_of_another_method_is_refused(tmp_path):
+  config = make_config()
+  config_lib.check_kind(tmp_path, config)
+  config_lib.save_config(tmp_path, config)
+  config_lib.check_kind(tmp_path, config)
+  more = ConfigDict({**config, "newer": 1})
+  config_lib.check_kind(tmp_path, more)  # a version that knows more
+  other = ConfigDict({"seed": 0, "prune": 1})
+  with pytest.raises(UserError, match=r"another method .*no 'prune'.*workdir"):
+    config_lib.check_kind(tmp_path, other)
+
+
+def test_many_changes_are_counted(tmp_path):
+  config_lib.save_config(tmp_path, ConfigDict({f"k{i}": 0 for i in range(30)}))
+  changed = ConfigDict({f"k{i}": 1 for i in range(30)})
+  with pytest.raises(UserError, match=r"k0: 0 -> 1; .*; and 22 more"):
+    config_lib.check_resume(tmp_path, changed)
+
+
 @pytest.mark.parametrize(
   ("variant", "hint"),
   [("smok", "did you mean 'smoke'"), ("zzz", "known: smoke, fast, typo")],

@@ -317,8 +317,10 @@ def test_the_command(params, tmp_path, monkeypatch, capsys):
   assert re.search(r"mlp widths 2 to 40 to 40\n.*hf: 4 blocks, width 24", out)
   with pytest.raises(UserError, match="there already"):
     command(tmp_path / "small", tmp_path / "hf", "--to=hf", "--pad")
-  with pytest.raises(UserError, match=r"a \.pth is a file of segment-anything"):
+  with pytest.raises(UserError, match=r"is a folder with --to=hf: drop \.pth"):
     command(tmp_path / "small", tmp_path / "x.pth", "--to=hf")
+  with pytest.raises(UserError, match=r"--to=pth writes a file: .* NAME\.pth"):
+    command(tmp_path / "small", tmp_path / "x", "--to=pth")
   with pytest.raises(UserError, match="--to=hf does not hold it"):
     command(tmp_path / "hf", tmp_path / "x", "--to=hf", "--epsilon=original")
   out = command(tmp_path / "hf", tmp_path / "back", "--epsilon=original")

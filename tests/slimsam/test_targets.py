@@ -23,7 +23,7 @@ from slimsam.train import check, original_model, slimmed
 from slimsam.weights import save_model
 
 pytestmark = pytest.mark.usefixtures("compile_once")
-BEST = "miou/gt/point/single"
+BEST = "miou/teacher/point/single"
 COUNT, SHAPE = 11, (5, 5, 16)
 
 
