@@ -13,12 +13,12 @@ Nothing here imports jax before the flags are known to be right, so `--help`
 and refusals come at once.
 """
 
-import _thread
 import argparse
 import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -150,8 +150,10 @@ def _quiet_threads() -> Iterator[None]:
   def stray(args: Any) -> None:
     if issubclass(args.exc_type, KeyboardInterrupt):
       # It came where errors go nowhere, such as in a callback of the garbage
-      # collector: again, at the next place where it counts.
-      _thread.interrupt_main()
+      # collector: again, when that is left.
+      own = threading.main_thread().ident
+      again = signal.pthread_kill, (own, signal.SIGINT)
+      threading.Timer(0.05, *again).start()
     elif str(args.exc_value) != "Event loop is closed":
       before[1](args)
 
