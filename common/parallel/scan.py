@@ -83,27 +83,46 @@ def linear_scan(
     ValueError: for shapes that do not fit, an unknown `impl`, or a mesh axis
       that is absent; names the argument. For second derivatives of "chunked"
       and along a mesh axis, which are not defined.
-    TypeError: for dtypes that are not floating point, and for real drives of
-      complex gates.
+    TypeError: for dtypes that are not floating point, for real drives of
+      complex gates, and for float16 with "mosaic".
+
+  Derivatives are found in reverse, also second ones; `jax.jvp` has none.
   """
   x, a = jnp.asarray(x), jnp.asarray(a)
   _check(x, a, h0, reset, impl, chunk)
   carry_dtype = jnp.promote_types(jnp.result_type(x, a), jnp.float32)
   if h0 is None:
-    # Like x, also in what it varies over inside somebody's shard_map.
-    h0 = jnp.zeros_like(x, carry_dtype, shape=(x.shape[0], x.shape[2]))
+    # Of a row, so that it lies where the row does; of an empty drive, anywhere.
+    row = x[:, 0] if x.shape[1] else jnp.zeros(x.shape[::2])
+    h0 = jnp.zeros_like(row, carry_dtype)
   h0 = h0.astype(carry_dtype)
   if jnp.iscomplexobj(x):
     a = a.astype(carry_dtype)
   if mesh_axis is not None:
     scan_sharded.check_axis(x.shape, mesh_axis)
-  if x.shape[1] == 0:
+  if x.size == 0:
     return x, h0
+  x, a, h0, reset = _alike(x, a, h0, reset)
   if impl == "auto":
     batch, time, channels = x.shape
     impl = choose((batch, time, channels), x.dtype)
   form = Form(reverse, impl, chunk or DEFAULT_CHUNK, mesh_axis, log_gates)
   return _scan(form, x, a, h0, reset)
+
+
+def _alike(*arrays: Array | None) -> list[Any]:
+  """Arrays that vary over the same axes inside somebody's shard_map."""
+  varying = [
+    frozenset() if array is None else jax.typeof(array).manual_axis_type.varying
+    for array in arrays
+  ]
+  every = frozenset().union(*varying)
+  return [
+    array
+    if array is None or own == every
+    else jax.lax.pcast(array, tuple(every - own), to="varying")
+    for array, own in zip(arrays, varying)
+  ]
 
 
 def linear_scan_step(
@@ -129,13 +148,20 @@ def linear_scan_step(
   Raises:
     As `linear_scan`.
   """
-  one = None if reset is None else jnp.asarray(reset)[:, None]
+  x, a, h = jnp.asarray(x), jnp.asarray(a), jnp.asarray(h)
   if x.ndim != 2:
     raise ValueError(f"x has shape {x.shape}; expected [B, N]")
-  _check(x[:, None], jnp.asarray(a)[:, None], h, one, "auto", None)
+  if a.ndim != 2:
+    raise ValueError(f"a has shape {a.shape}; expected [B, N] or [B, K]")
+  if h.shape != x.shape:
+    raise ValueError(f"h has shape {h.shape}, and x {x.shape}")
+  if reset is not None:
+    reset = jnp.asarray(reset)
+  one = None if reset is None else reset[:, None]
+  _check(x[:, None], a[:, None], h, one, "auto", None)
   dtype = jnp.promote_types(jnp.result_type(x, a), jnp.float32)
   form = Form(False, "sequential", 1, None, log_gates)
-  gates = effective(form, jnp.asarray(a).astype(dtype), x.shape[1], reset)
+  gates = effective(form, a.astype(dtype), x.shape[1], reset)
   return (gates * h.astype(dtype) + x.astype(dtype)).astype(h.dtype)
 
 
@@ -179,6 +205,8 @@ def _check(
       raise TypeError(
         f"{name} is {array.dtype} and x {x.dtype}: make x complex"
       )
+    if impl == "mosaic" and array.dtype == jnp.float16:
+      raise TypeError(f"{name} is float16, which impl='mosaic' cannot read")
   if reset is not None and reset.dtype != jnp.bool_:
     raise TypeError(f"reset is {reset.dtype}; expected bool")
 

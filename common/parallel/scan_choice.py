@@ -59,13 +59,14 @@ def nearest(
     platform: "cpu", "gpu" or "tpu".
     shape: [B, T, N].
     dtype: of the drive; where there is no row of it, those of float32 serve,
-      but for complex numbers.
+      but for complex numbers, and for float16 on a TPU.
     measured: see `table`.
   """
   batch, steps, channels = shape
   own = [row for row in measured if row.platform == platform]
   rows = [row for row in own if row.dtype == dtype]
-  if not rows and not dtype.startswith("complex"):
+  apart = dtype.startswith("complex") or (platform, dtype) == ("tpu", "float16")
+  if not rows and not apart:
     rows = [row for row in own if row.dtype == "float32"]
   if not rows:
     return "sequential" if platform == "cpu" else "associative"

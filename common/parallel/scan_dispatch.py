@@ -1,5 +1,7 @@
 """Which function computes a form of the recurrence."""
 
+import functools
+
 import jax
 
 from common.parallel import scan_forms as xla
@@ -10,6 +12,7 @@ KERNELS = ("triton", "mosaic")
 IMPLEMENTATIONS = ("auto", "sequential", "associative", "chunked", *KERNELS)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def forward(
   form: Form, x: Array, a: Array, h0: Array, reset: Array | None
 ) -> tuple[Array, Array, Saved]:
@@ -28,6 +31,7 @@ def forward(
   return h, last, Saved(a, reset, None, h, h0)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def backward(
   form: Form, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
@@ -47,6 +51,7 @@ def backward(
   return run(form, a, h, start, reset, g, g_last)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def reduced(
   form: Form, reverse: bool, x: Array, a: Array, reset: Array | None
 ) -> tuple[Array, Array]:

@@ -250,6 +250,33 @@ def sequential_reduce(
   return lax.fori_loop(0, length, body, (zero, one))
 
 
+def joined(
+  reverse: bool, states: Array, decays: Array, first: Array
+) -> tuple[Array, Array]:
+  """The states between parts of time.
+
+  Args:
+    reverse: whether the last part comes first.
+    states: [b parts n], what each makes of a zero state.
+    decays: likewise, the product of its gates. It may have overflowed: of a
+      state that is 0 nothing is left all the same, as in the loop.
+    first: [b n], the state that enters the first part.
+
+  Returns:
+    [b parts n], the states that enter the parts, and [b n], the one that leaves
+    the last.
+  """
+
+  def step(state: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+    own, decay = part
+    carried = jnp.where(state == 0, jnp.zeros_like(state), decay * state)
+    return carried + own, state
+
+  parts = jnp.swapaxes(states, 0, 1), jnp.swapaxes(decays, 0, 1)
+  last, before = lax.scan(step, first, parts, reverse=reverse)
+  return jnp.swapaxes(before, 0, 1), last
+
+
 # -- associative -----------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """What the kernels of the recurrence share: mapping, sharding, complex numbers.
 
 A kernel works on real arrays. A complex one is two of them, its planes. Rows
-and channels are independent, so a mapped axis joins the rows, and an array that
-is sharded over them is scanned where it lies; time is gathered, unless the
-caller names a mesh axis for it.
+and channels are independent, so a mapped axis joins the rows, and on a GPU an
+array that is sharded over them is scanned where it lies; time is gathered,
+unless the caller names a mesh axis for it. XLA for TPUs has no such rule: there
+a kernel of several devices is put into `jax.shard_map`, as any other of Pallas.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from common.parallel.scan_forms import Form, gathered, spread
 
@@ -118,11 +119,14 @@ def _planes(array: Array, count: int) -> Planes:
 @functools.cache
 def _mapped(kernel: Kernel, count: int, dtypes: tuple[str, ...]) -> Callable:
   """The kernel on real arrays, with rules for mapping and sharding."""
-  call = _partitioned(kernel, count, dtypes)
+  local = functools.partial(_local, kernel, count, dtypes)
+  partitioned = _partitioned(kernel, count, dtypes)
 
   @custom_vmap
   def run(*arrays: Array) -> Any:
-    return call(*arrays)
+    if kernel.impl == "mosaic" or _is_manual():
+      return local(*arrays)
+    return partitioned(*arrays)
 
   @run.def_vmap
   def rule(size: int, mapped: Sequence[bool], *arrays: Array) -> Any:
@@ -137,6 +141,12 @@ def _mapped(kernel: Kernel, count: int, dtypes: tuple[str, ...]) -> Callable:
     return made, (True,) * len(made)
 
   return run
+
+
+def _is_manual() -> bool:
+  """Whether this is a shard of somebody's shard_map."""
+  kinds = jax.sharding.get_abstract_mesh().axis_types
+  return any(kind == AxisType.Manual for kind in kinds)
 
 
 # Axes of the arrays of each task, of inputs and of outputs.
@@ -162,8 +172,11 @@ def _partitioned(
 
   def partition(mesh: Any, arguments: Any, results: Any) -> Any:
     del results
-    rows, _, channels = (*arguments[0].sharding.spec, None, None, None)[:3]
-    by_axis = {"b": rows, "t": None, "n": channels}
+    by_axis: dict[str, Any] = {"b": None, "t": None, "n": None}
+    for axes, argument in zip(ins, arguments):
+      for axis, own in zip(axes, argument.sharding.spec):
+        if axis != "t" and by_axis[axis] is None:
+          by_axis[axis] = own
 
     def place(axes: str) -> NamedSharding:
       return NamedSharding(mesh, jax.P(*(by_axis[axis] for axis in axes)))
@@ -192,6 +205,12 @@ def _local(
   plain = functools.partial(run, kernel._replace(interpret=True))
   branches = {module.PLATFORM: compiled}
   return lax.platform_dependent(*arrays, default=plain, **branches)
+
+
+def shape_like(array: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+  """An output that varies over the mesh as an input does."""
+  kind = jax.typeof(array).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
 
 
 # -- what the kernels compute with -------------------------------------------

@@ -27,6 +27,7 @@ from common.parallel.scan_kernel import (
   divided,
   exp,
   plus,
+  shape_like,
   times,
   where,
 )
@@ -126,7 +127,7 @@ def run(
     ),
     out_specs=tuple((specs[kind],) * count for kind in outs),
     out_shape=tuple(
-      (jax.ShapeDtypeStruct(shapes[kind], dtype),) * count
+      (shape_like(arrays[0], shapes[kind], dtype),) * count
       for kind, dtype in zip(outs, dtypes)
     ),
     scratch_shapes=([pltpu.VMEM((1, lanes), carry)] * (2 * count),),

@@ -18,8 +18,7 @@ from common.parallel.scan_forms import (
   Form,
   Saved,
   effective,
-  sequential,
-  shifted,
+  joined,
 )
 
 Array = jax.Array
@@ -138,8 +137,6 @@ def _enter(
     first: [B, N], the state that enters the first shard.
   """
   assert decays is not None
-  plain = form._replace(reverse=reverse, log_gates=False)
-  after, last = sequential(plain, states, decays, first, None)
-  before = shifted(after, first, later=not reverse)
+  before, last = joined(reverse, states, decays, first)
   index = lax.axis_index(form.mesh_axis)
   return lax.dynamic_index_in_dim(before, index, axis=1, keepdims=False), last

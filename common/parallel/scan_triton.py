@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from common.parallel.scan_forms import Form, sequential, shifted
+from common.parallel.scan_forms import joined
 from common.parallel.scan_kernel import (
   Kernel,
   Planes,
@@ -26,6 +26,7 @@ from common.parallel.scan_kernel import (
   divided,
   exp,
   plus,
+  shape_like,
   times,
   where,
 )
@@ -46,7 +47,7 @@ class Blocks(NamedTuple):
   """
 
   channels: int = 128
-  steps: int = 8
+  steps: int = 16
   warps: int = 4
 
 
@@ -166,10 +167,7 @@ def _entering(
   if plan.parts == 1:
     return tuple(plane[:, None] for plane in first), None
   states, decays = (_number(own) for own in _reduced(plan, x, a, reset))
-  form = Form(plan.backwards, "sequential", 1, None, False)
-  start = _number(first)
-  after, last = sequential(form, states, decays, start, None)
-  before = shifted(after, start, later=not plan.backwards)
+  before, last = joined(plan.backwards, states, decays, _number(first))
   return _split(before, plan.count), _split(last, plan.count)
 
 
@@ -214,7 +212,7 @@ def _call(
   by_part = (batch, plan.parts, plan.channels)
 
   def planes(shape: tuple[int, ...], dtype: Any) -> Any:
-    return (jax.ShapeDtypeStruct(shape, dtype),) * plan.count
+    return (shape_like(inputs[0][0], shape, dtype),) * plan.count
 
   shapes = [planes(by_step, dtype) for dtype in steps]
   shapes += [planes(by_part, carry)] * ends

@@ -387,7 +387,7 @@ def collectives(compiled) -> dict[str, int]:
   return {name: count for name, count in counts.items() if count}
 
 
-@forms
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "mosaic"])
 def test_rows_and_channels_shard_without_communication(form):
   arrays = inputs(batch=4, time=6, channels=4)
   reset = make_reset([1, 3], batch=4, time=6)
@@ -403,22 +403,105 @@ def test_rows_and_channels_shard_without_communication(form):
     close(got, wanted)
 
 
-def test_inside_anothers_shard_map():
-  arrays = inputs(batch=4)
+@pytest.mark.parametrize("form", ["sequential", "chunks", "associative"])
+def test_inside_anothers_shard_map(form):
+  """Gates that all shards share, too: their gradient is summed."""
+  x, a, *rest = inputs(batch=4)
+  arrays = x, np.broadcast_to(a[:1], x.shape), *rest
   rows = jax.P("data")
-  expected = run("sequential", *arrays)
+  h, last, dx, da, dh0 = run(form, *arrays)
+  expected = h, last, dx, da.sum(axis=0, keepdims=True), dh0
+  arrays = x, a[:1], *rest
 
   def local(x, a, h0, g, g_last):
+    def loss(x, a, h0):
+      h, last = linear_scan(x, jnp.broadcast_to(a, x.shape), h0, **FORMS[form])
+      return jnp.sum(h * g) + jnp.sum(last * g_last), (h, last)
+
+    grads, values = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, a, h0)
     # The one of zeros is made inside.
-    zeros = linear_scan(x, a)[0] - linear_scan(x, a, 0 * h0)[0]
-    return run("sequential", x, a, h0, g, g_last), zeros
+    gates = jnp.broadcast_to(a, x.shape)
+    zeros = linear_scan(x, gates)[0] - linear_scan(x, gates, 0 * h0)[0]
+    return (*values, *grads), zeros
 
   with jax.set_mesh(make_mesh(data=2)):
-    mapped = jax.shard_map(local, in_specs=(rows,) * 5, out_specs=rows)
+    mapped = jax.shard_map(
+      local,
+      in_specs=(rows, jax.P(), rows, rows, rows),
+      out_specs=((rows, rows, rows, jax.P(), rows), rows),
+    )
     got, zeros = jax.jit(mapped)(*arrays)
   assert not np.any(zeros)
   for value, wanted in zip(got, expected, strict=True):
     close(value, wanted)
+
+
+@pytest.mark.parametrize("form", ["triton", "mosaic"])
+def test_a_kernel_inside_anothers_shard_map(form):
+  x, a, h0, *_ = inputs(batch=4)
+  rows = jax.P("data")
+  expected = forward(form, x, a, h0)
+  with jax.set_mesh(make_mesh(data=2)):
+    got = jax.jit(
+      jax.shard_map(
+        lambda x, a, h0: linear_scan(x, a, h0, **FORMS[form]),
+        in_specs=(rows,) * 3,
+        out_specs=rows,
+        check_vma=False,
+      )
+    )(x, a, h0)
+  for value, wanted in zip(got, expected, strict=True):
+    close(value, wanted)
+
+
+def test_on_a_mesh_of_explicit_axes():
+  x, a, *_ = inputs(batch=4, channels=4)
+  expected = forward("sequential", x, a, np.zeros((4, 4), np.float32))
+  mesh = jax.make_mesh(
+    (2, 2), ("data", "model"), (AxisType.Explicit,) * 2,
+    devices=jax.devices()[:4],
+  )  # fmt: skip
+  with jax.set_mesh(mesh):
+    x, a = (jax.device_put(v, jax.P("data", None, "model")) for v in (x, a))
+    got = jax.jit(lambda x, a: linear_scan(x, a, impl="sequential"))(x, a)
+  for value, wanted in zip(got, expected, strict=True):
+    close(value, wanted)
+
+
+@forms
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 5, 0), (2, 0, 3)])
+def test_of_nothing_there_is_nothing(form, shape):
+  x = jnp.ones(shape)
+
+  def loss(x, a):
+    h, last = linear_scan(x, a, **FORMS[form])
+    return jnp.sum(h) + jnp.sum(last), (h, last)
+
+  grads, (h, last) = jax.grad(loss, argnums=(0, 1), has_aux=True)(x, x)
+  assert h.shape == grads[0].shape == grads[1].shape == shape
+  assert last.shape == (shape[0], shape[2])
+  assert not np.any(last)
+
+
+@forms
+def test_the_same_call_compiles_once(form):
+  x, a, h0, *_ = inputs(time=5)
+  grad = jax.grad(lambda x: jnp.sum(linear_scan(x, a, h0, **FORMS[form])[0]))
+  grad(x)
+  compiled = []
+
+  def listen(event, duration, **_):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(duration)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    grad(x)
+    assert not compiled
+    jax.jit(lambda x: x + 17)(x)
+    assert compiled  # else nobody listens
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # -- memory --------------------------------------------------------------------
@@ -537,6 +620,12 @@ ERRORS = {
   "a dtype": ((ONE, ONE > 0), {}, TypeError, r"a is bool"),
   "h0 dtype": ((ONE, ONE, np.int32(ONE[:, 0])), {}, TypeError, r"h0 is int32"),
   "complex gates": ((ONE, 1j * ONE), {}, TypeError, r"a is complex.*x float32"),
+  "float16": (
+    (np.float16(ONE), ONE),
+    {"impl": "mosaic"},
+    TypeError,
+    r"x is float16, which impl='mosaic'",
+  ),
   "reset dtype": (
     (ONE, ONE),
     {"reset": ONE[:, :, 0]},

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding
 
 from common.parallel import linear_scan, scan_mosaic, scan_triton
 from common.parallel.scan_choice import Measured, choose, nearest, table
@@ -102,42 +101,16 @@ def test_it_is_lowered_for_its_platform(impl, dtype, reverse):
     return jnp.sum(h.real.astype(jnp.float32) ** 2) + jnp.sum(last.real)
 
   carry = jnp.promote_types(dtype, jnp.float32)
-  for batch, time, channels in ((1, 300, 200), (2, 4096, 2048)):
-    x = jax.ShapeDtypeStruct((batch, time, channels), dtype)
-    h0 = jax.ShapeDtypeStruct((batch, channels), carry)
-    reset = jax.ShapeDtypeStruct((batch, time), bool)
-    with jax.sharding.use_abstract_mesh(CUDA):
-      traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, h0, reset)
-      platform = PLATFORMS[impl]
-      text = traced.lower(lowering_platforms=(platform,)).as_text()
-    for task in ("forward", "backward"):
-      assert f"linear_scan_{task}" in text
-
-
-@pytest.mark.parametrize("impl", PLATFORMS)
-def test_rows_and_channels_stay_where_they_are(impl):
-  x, a, h0, g, _, reset = draw(4, 12, 8)
-
-  def loss(x, a, h0):
-    h, last = linear_scan(x, a, h0, reset=reset, impl=impl)
-    return jnp.sum(h * g) + jnp.sum(last)
-
-  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-  expected = run(x, a, h0)
-  mesh = jax.make_mesh(
-    (2, 2), ("data", "model"), (AxisType.Auto,) * 2, devices=jax.devices()[:4]
-  )
-  cube = NamedSharding(mesh, jax.P("data", None, "model"))
-  plane = NamedSharding(mesh, jax.P("data", "model"))
-  placed = jax.device_put((x, a, h0), (cube, cube, plane))
-  program = run.lower(*placed).compile()
-  text = program.as_text()
-  assert "all-gather" not in text
-  assert "all-to-all" not in text
-  for got, wanted in zip(
-    jax.tree.leaves(program(*placed)), jax.tree.leaves(expected), strict=True
-  ):
-    close(got, wanted, rtol=1e-4)
+  batch, time, channels = (2, 4096, 2048) if reverse else (1, 1300, 200)
+  x = jax.ShapeDtypeStruct((batch, time, channels), dtype)
+  h0 = jax.ShapeDtypeStruct((batch, channels), carry)
+  reset = jax.ShapeDtypeStruct((batch, time), bool)
+  with jax.sharding.use_abstract_mesh(CUDA):
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, h0, reset)
+    platform = PLATFORMS[impl]
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+  for task in ("forward", "backward"):
+    assert f"linear_scan_{task}" in text
 
 
 # -- which form "auto" takes ---------------------------------------------------
@@ -147,6 +120,7 @@ ROWS = (
   Measured("gpu", "float32", 512, 1024, "associative"),
   Measured("gpu", "float32", 16384, 4096, "triton"),
   Measured("gpu", "bfloat16", 16384, 4096, "chunked"),
+  Measured("tpu", "float32", 16384, 4096, "mosaic"),
 )
 
 
@@ -159,7 +133,9 @@ ROWS = (
     ("gpu", (8, 4096, 2048), "bfloat16", "chunked"),
     ("gpu", (8, 4096, 2048), "float16", "triton"),  # as float32
     ("gpu", (8, 4096, 2048), "complex64", "associative"),  # not measured
-    ("tpu", (8, 4096, 2048), "float32", "associative"),
+    ("tpu", (8, 4096, 2048), "bfloat16", "mosaic"),
+    ("tpu", (8, 4096, 2048), "float16", "associative"),  # it cannot be read
+    ("metal", (8, 4096, 2048), "float32", "associative"),
     ("cpu", (8, 4096, 2048), "complex64", "sequential"),
     ("gpu", (0, 1, 0), "float32", "associative"),
   ],
@@ -170,6 +146,7 @@ def test_the_nearest_measurement_decides(platform, shape, dtype, expected):
 
 def test_the_table_names_forms():
   assert choose((2, 11, 3), jnp.float32) == "sequential"
+  assert table()
   for row in table():
     assert row.impl in IMPLEMENTATIONS[1:]
     assert row.platform in ("cpu", "gpu", "tpu")
@@ -191,23 +168,25 @@ def test_a_mapped_axis_joins_the_rows(oracle):
       close(own_last, wanted_last)
 
 
-def test_mosaic_on_a_simulated_tpu(oracle):
-  """What is read beyond the end of an array is NaN there."""
-  x, a, h0, g, g_last, reset = draw(1, 20, 3)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_mosaic_on_a_simulated_tpu(oracle, reverse):
+  """Two blocks of time; what is read beyond its end is NaN there."""
+  x, a, h0, g, g_last, reset = draw(1, 40, 3)
+  options = {"reverse": reverse, "reset": reset}
   params = pltpu.InterpretParams(uninitialized_memory="nan")
-  for task, arrays, count in (
-    ("forward", (x, a, h0), 2),
-    ("backward", (a, oracle.loop(x, a, h0, reset=reset)[0], h0, g, g_last), 3),
+  h, last = oracle.loop(x, a, h0, **options)
+  for task, arrays, expected in (
+    ("forward", (x, a, h0), (h, last)),
+    (
+      "backward",
+      (a, np.float32(h), h0, g, g_last),
+      oracle.gradients(x, a, h0, g, g_last, **options),
+    ),
   ):
-    kernel = Kernel("", task, False, False, True, interpret=params)
-    arrays = [np.asarray(array, np.float32) for array in arrays]
+    kernel = Kernel("", task, reverse, False, True, interpret=params)
     found = scan_mosaic.run(
-      kernel, *arrays, reset, count=1, dtypes=("float32",) * count
-    )
-    expected = (
-      oracle.loop(x, a, h0, reset=reset)
-      if task == "forward"
-      else oracle.gradients(x, a, h0, g, g_last, reset=reset)
-    )
+      kernel, *arrays, reset, count=1, dtypes=("float32",) * len(expected),
+      blocks=scan_mosaic.Blocks(steps=32),
+    )  # fmt: skip
     for value, wanted in zip(found, expected, strict=True):
       close(value, wanted)

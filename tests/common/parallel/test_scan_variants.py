@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.parallel import linear_scan, linear_scan_step
+from common.parallel import (
+  linear_scan,
+  linear_scan_step,
+  make_mesh,
+  scan_triton,
+)
+from common.parallel.scan_kernel import Kernel
 
 FORMS = {
   "sequential": {"impl": "sequential"},
@@ -178,6 +184,21 @@ def test_nan_and_inf_go_where_the_loop_takes_them(form, bad):
   assert np.isfinite(last[0]).all()
 
 
+def test_gates_whose_product_overflows_leave_nothing_of_nothing():
+  """1e20 to the power of 6 is no float32; a state of 0 stays 0."""
+  x = jnp.zeros((1, 12, 2))
+  a = jnp.full_like(x, 1e20)
+  found = [linear_scan(x, a)[0]]
+  kernel = Kernel("", "forward", False, False, False, interpret=True)
+  found += scan_triton.run(
+    kernel, x, a, x[:, 0], count=1, dtypes=("float32",) * 2, parts=2
+  )
+  with jax.set_mesh(make_mesh({"seq": -1, "data": 2})):
+    found += jax.jit(lambda x, a: linear_scan(x, a, mesh_axis="seq"))(x, a)
+  for value in found:
+    assert not np.any(value)
+
+
 @forms
 def test_long_products_underflow_to_nothing(form):
   """0.01 to the power of 300 is no float32; the states are."""
@@ -201,7 +222,7 @@ def test_steps_are_the_scan(log_gates):
   close(state, last)
   with pytest.raises(ValueError, match=r"x has shape \(2, 9, 6\).*\[B, N\]"):
     linear_scan_step(x, a, h0)
-  with pytest.raises(ValueError, match=r"h0 has shape \(2, 9, 6\)"):
+  with pytest.raises(ValueError, match=r"h has shape \(2, 9, 6\)"):
     linear_scan_step(x[:, 0], a[:, 0], x)
 
 
@@ -260,7 +281,10 @@ def test_second_derivatives_of_16_bits_are_those_of_32():
     h, last = scan(x.astype(jnp.bfloat16), a.astype(jnp.bfloat16), h0)
     return h.astype(jnp.float32), last
 
-  got, expected = (curvature(own, x, a, h0, g, v) for own in (rounded, scan))
+  got, expected = (
+    jax.jit(functools.partial(curvature, own))(x, a, h0, g, v)
+    for own in (rounded, scan)
+  )
   for value, wanted in zip(got, expected, strict=True):
     scale = np.abs(wanted).max()
     np.testing.assert_allclose(value, wanted, atol=0.05 * scale)
