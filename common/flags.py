@@ -45,6 +45,12 @@ class Parser(argparse.ArgumentParser):
       add_help=add_help,
     )
 
+  def format_help(self) -> str:
+    """As in argparse; the usage names what is not a flag."""
+    names = [own.metavar or own.dest for own in self._get_positional_actions()]
+    self.usage = " ".join(["%(prog)s", *map(str, names), "[flags]"])
+    return super().format_help()
+
   def error(self, message: str) -> NoReturn:
     """Raises `UserError` where argparse would print its usage and exit."""
     raise UserError(f"{message} (see {self.prog} --help)")

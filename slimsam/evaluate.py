@@ -1,6 +1,7 @@
 """`python -m slimsam.evaluate MODEL --data=coco …`: how well masks fit."""
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,7 +63,10 @@ def main() -> None:
     if (getattr(args, name) or 0) < 0:
       parser.error(f"--{name}={getattr(args, name)} must be at least 0")
   evaluator = _evaluator(args)
-  found = {model: _judged(model, evaluator) for model in args.models}
+  found = {}
+  for model in args.models:
+    print(f"{model}: {evaluator.num_masks} masks …", file=sys.stderr)
+    found[model] = _judged(model, evaluator)
   print(json.dumps(found, indent=2) if args.json else _page(found))
 
 

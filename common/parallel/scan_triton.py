@@ -99,8 +99,11 @@ def run(
     parts: into which time is divided; as many as fill a card if None.
   """
   batch, length, channels = arrays[0].shape
-  # An interpreter gains nothing by loading ahead, and reads a shorter program.
-  blocks = blocks or (Blocks(steps=1) if kernel.interpret else Blocks())
+  if blocks is None:
+    # An interpreter gains nothing by loading ahead; complex numbers are loaded
+    # twice, and make programs of four times the length.
+    steps = 1 if kernel.interpret else Blocks().steps // count**2
+    blocks = Blocks(steps=steps)
   if parts is None:
     parts = parts_of(batch, length, channels, blocks)
   span = divided(length, parts)
