@@ -11,7 +11,11 @@ from collections.abc import Sequence
 # Tests compile far more than they compute. XLA reads this as jax starts, here
 # and in the processes that tests start; what it does not know ends it.
 os.environ["XLA_FLAGS"] = " ".join(
-  [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+  [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+  ]
 )
 if importlib.metadata.version("jaxlib").startswith("0.10."):
   os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from common.parallel import scan_dispatch, scan_sharded
 from common.parallel.scan_choice import choose
@@ -89,6 +90,7 @@ def linear_scan(
   Derivatives are found in reverse, also second ones; `jax.jvp` has none.
   """
   x, a = jnp.asarray(x), jnp.asarray(a)
+  h0, reset = (v if v is None else jnp.asarray(v) for v in (h0, reset))
   _check(x, a, h0, reset, impl, chunk)
   carry_dtype = jnp.promote_types(jnp.result_type(x, a), jnp.float32)
   if h0 is None:
@@ -211,6 +213,9 @@ def _check(
     raise TypeError(f"reset is {reset.dtype}; expected bool")
 
 
+# -- derivatives -------------------------------------------------------------
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
   form: Form, x: Array, a: Array, h0: Array, reset: Array | None
@@ -311,8 +316,6 @@ def _gradient_bwd(form: Form, residuals: Any, cotangents: Any) -> Any:
 
 def _no_tangent(array: Array | None) -> Any:
   """What stands for the cotangent of a bool."""
-  import numpy as np
-
   return None if array is None else np.zeros(array.shape, jax.dtypes.float0)
 
 
