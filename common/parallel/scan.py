@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 from common.parallel import scan_dispatch, scan_sharded
 from common.parallel.scan_choice import choose
@@ -95,7 +96,7 @@ def linear_scan(
   carry_dtype = jnp.promote_types(jnp.result_type(x, a), jnp.float32)
   if h0 is None:
     # Of a row, so that it lies where the row does; of an empty drive, anywhere.
-    row = x[:, 0] if x.shape[1] else jnp.zeros(x.shape[::2])
+    row = _placed(x)[:, 0] if x.shape[1] else jnp.zeros(x.shape[::2])
     h0 = jnp.zeros_like(row, carry_dtype)
   h0 = h0.astype(carry_dtype)
   if jnp.iscomplexobj(x):
@@ -104,12 +105,22 @@ def linear_scan(
     scan_sharded.check_axis(x.shape, mesh_axis)
   if x.size == 0:
     return x, h0
-  x, a, h0, reset = _alike(x, a, h0, reset)
+  x, a, h0, reset = _alike(*map(_placed, (x, a, h0, reset)))
   if impl == "auto":
     batch, time, channels = x.shape
     impl = choose((batch, time, channels), x.dtype)
   form = Form(reverse, impl, chunk or DEFAULT_CHUNK, mesh_axis, log_gates)
   return _scan(form, x, a, h0, reset)
+
+
+def _placed(array: Array | None) -> Any:
+  """On the mesh, if that has explicit axes: what was made before is nowhere."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if array is None or AxisType.Explicit not in mesh.axis_types:
+    return array
+  if not jax.typeof(array).sharding.mesh.empty:
+    return array
+  return jax.sharding.reshard(array, jax.P())
 
 
 def _alike(*arrays: Array | None) -> list[Any]:
@@ -153,12 +164,18 @@ def linear_scan_step(
   x, a, h = jnp.asarray(x), jnp.asarray(a), jnp.asarray(h)
   if x.ndim != 2:
     raise ValueError(f"x has shape {x.shape}; expected [B, N]")
-  if a.ndim != 2:
-    raise ValueError(f"a has shape {a.shape}; expected [B, N] or [B, K]")
+  batch, channels = x.shape
+  if a.ndim != 2 or len(a) != batch or channels % max(a.shape[1], 1):
+    raise ValueError(
+      f"a has shape {a.shape}; with x of shape {x.shape} it must be {x.shape}, "
+      f"or {(batch,)} and a divisor of {channels}"
+    )
   if h.shape != x.shape:
     raise ValueError(f"h has shape {h.shape}, and x {x.shape}")
   if reset is not None:
     reset = jnp.asarray(reset)
+    if reset.shape != (batch,):
+      raise ValueError(f"reset has shape {reset.shape}, and x {x.shape}")
   one = None if reset is None else reset[:, None]
   _check(x[:, None], a[:, None], h, one, "auto", None)
   dtype = jnp.promote_types(jnp.result_type(x, a), jnp.float32)

@@ -461,11 +461,14 @@ def test_on_a_mesh_of_explicit_axes():
     (2, 2), ("data", "model"), (AxisType.Explicit,) * 2,
     devices=jax.devices()[:4],
   )  # fmt: skip
+  scan = jax.jit(lambda x, a: linear_scan(x, a, impl="sequential"))
+  before = jnp.asarray(x), jnp.asarray(a)  # which knows no mesh
   with jax.set_mesh(mesh):
-    x, a = (jax.device_put(v, jax.P("data", None, "model")) for v in (x, a))
-    got = jax.jit(lambda x, a: linear_scan(x, a, impl="sequential"))(x, a)
-  for value, wanted in zip(got, expected, strict=True):
-    close(value, wanted)
+    placed = [jax.device_put(v, jax.P("data", None, "model")) for v in (x, a)]
+    found = scan(*placed), scan(*before)
+  for got in found:
+    for value, wanted in zip(got, expected, strict=True):
+      close(value, wanted)
 
 
 @forms

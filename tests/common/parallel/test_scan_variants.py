@@ -222,6 +222,8 @@ def test_steps_are_the_scan(log_gates):
   close(state, last)
   with pytest.raises(ValueError, match=r"x has shape \(2, 9, 6\).*\[B, N\]"):
     linear_scan_step(x, a, h0)
+  with pytest.raises(ValueError, match=r"a has shape \(2, 4\).*\(2, 6\), or"):
+    linear_scan_step(x[:, 0], x[:, 0, :4], h0)
   with pytest.raises(ValueError, match=r"h has shape \(2, 9, 6\)"):
     linear_scan_step(x[:, 0], a[:, 0], x)
 
