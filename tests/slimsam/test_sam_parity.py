@@ -16,7 +16,7 @@ from slimsam.attention import TEXTBOOK, How
 from slimsam.encoder import Compute
 from slimsam.formats import from_hf, to_hf, with_epsilon
 from slimsam.model import Sam
-from slimsam.settings import DecoderSettings, uniform
+from slimsam.settings import DecoderSettings, preset, uniform
 
 pytestmark = pytest.mark.parity
 
@@ -182,6 +182,35 @@ def test_masks_are_equal(both, kind, multimask):
   assert 0.05 < np.std(masks) < 20
   np.testing.assert_allclose(found.logits, masks, atol=2e-5, rtol=0)
   np.testing.assert_allclose(found.iou, iou, atol=2e-5, rtol=0)
+
+
+def test_at_the_size_of_the_checkpoint():
+  """SlimSAM-77 at 1024 pixels: one image, embedding and masks of points."""
+  settings = with_epsilon(preset("vit_p77"), "hf")
+  model = hf_model(settings)
+  weights = {k: v.numpy() for k, v in model.state_dict().items()}
+  params, found = from_hf(weights, model.config.to_dict())
+  assert found == settings
+  image = images_of(settings)[:1]
+  prompts = {k: v[:1] for k, v in prompts_of(settings, "points").items()}
+  with torch.no_grad():
+    pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+    expected = model.get_image_embeddings(pixels)
+    masks = model(
+      image_embeddings=expected,
+      input_points=torch.from_numpy(prompts["points"]),
+      input_labels=torch.from_numpy(prompts["labels"]),
+    ).pred_masks.numpy()
+  expected, sam = expected.numpy(), Sam(settings)
+  embedding = encode(sam, params, image)
+  np.testing.assert_allclose(
+    np.moveaxis(embedding, -1, 1), expected, atol=3e-5, rtol=0
+  )
+  given = np.moveaxis(expected, 1, -1)  # of the same embedding
+  logits = jax.jit(
+    lambda e: sam.apply({"params": params}, e, **prompts, method=sam.decode)
+  )(given).logits
+  np.testing.assert_allclose(logits, masks, atol=2e-5, rtol=0)
 
 
 def test_dense_positions_are_equal(both):
