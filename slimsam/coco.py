@@ -163,7 +163,7 @@ def _check_image(image: Raw, place: str) -> None:
       raise UserError(f"{place}: an image's {key} is {image[key]!r:.80}")
   for key in ("height", "width"):
     size = image[key]
-    if not isinstance(size, int | float) or size != int(size) or size < 1:
+    if not isinstance(size, int | float) or not size >= 1 or size % 1:
       raise UserError(f"{place}: {image['file_name']}: {key} is {size!r:.80}")
 
 

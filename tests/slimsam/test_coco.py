@@ -1,4 +1,5 @@
 import json
+import math
 import logging
 import pickle
 
@@ -123,6 +124,7 @@ FILES = [
   ([an_image([1], "a.jpg")], [], "an image's id is [1]"),
   ([an_image(1, 7)], [], "an image's file_name is 7"),
   ([an_image(1, "a.jpg", height=8.5)], [], "a.jpg: height is 8.5"),
+  ([an_image(1, "a.jpg", width=math.inf)], [], "a.jpg: width is inf"),
   (IMAGES, [annotation(8, image_id=[1])], "no image has the id [1]"),
   (IMAGES, [annotation(8, 2)], "annotation 8: no image has the id 2"),
   (IMAGES, [annotation(8, image_id=...)], "an annotation has no 'image_id'"),
