@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType
 
 from common.parallel import scan_dispatch, scan_sharded
@@ -316,24 +315,9 @@ def _gradient_bwd(form: Form, residuals: Any, cotangents: Any) -> Any:
     own = form._replace(reverse=reverse, log_gates=False)
     return _scan(own, x, gates, start, None)[0]
 
-  saved, g, g_last = residuals
-  reset = saved.reset
-
-  def gradient(
-    a: Array, h: Array, start: Array, g: Array, g_last: Array
-  ) -> Any:
-    return shifted_bwd(form, scan, a, h, start, reset, g, g_last)
-
-  primals = saved.a, saved.h, saved.starts, g, g_last
-  _, pullback = jax.vjp(gradient, *primals)
-  d_a, d_h, d_start, d_g, d_last = pullback(cotangents)
-  d_saved = Saved(d_a, _no_tangent(reset), None, d_h, d_start)
-  return d_saved, d_g, d_last
-
-
-def _no_tangent(array: Array | None) -> Any:
-  """What stands for the cotangent of a bool."""
-  return None if array is None else np.zeros(array.shape, jax.dtypes.float0)
+  # Of the resets, which are bool, it gives what stands for no cotangent.
+  _, pullback = jax.vjp(functools.partial(shifted_bwd, form, scan), *residuals)
+  return pullback(cotangents)
 
 
 _gradient.defvjp(_gradient_fwd, _gradient_bwd)

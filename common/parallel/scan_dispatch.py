@@ -36,19 +36,17 @@ def backward(
   form: Form, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
   """The cotangents of x, a and h0."""
-  if form.impl == "chunked":
-    return xla.chunked_bwd(form, saved, g, g_last)
   if form.impl in KERNELS:
     from common.parallel import scan_kernel
 
     run = scan_kernel.backward
+  elif form.impl == "chunked":
+    run = xla.chunked_bwd
   elif form.impl == "associative":
     run = xla.associative_bwd
   else:
     run = xla.sequential_bwd
-  a, reset, _, h, start, _ = saved
-  assert h is not None
-  return run(form, a, h, start, reset, g, g_last)
+  return run(form, saved, g, g_last)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

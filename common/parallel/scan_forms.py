@@ -179,28 +179,21 @@ def sequential(
 
 
 def sequential_bwd(
-  form: Form,
-  a: Array,
-  h: Array,
-  h0: Array,
-  reset: Array | None,
-  g: Array,
-  g_last: Array,
+  form: Form, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
   """One loop the other way.
 
   Args:
     form: of the forward pass.
-    a: its gates.
-    h: its states.
-    h0: where it began.
-    reset: its resets.
-    g: the cotangent of h.
-    g_last: that of the last state.
+    saved: by it.
+    g: the cotangent of all states.
+    g_last: that of the last one.
 
   Returns:
     The cotangents of x, a and h0.
   """
+  a, reset, _, h, h0, _ = saved
+  assert h is not None
   length, channels = g.shape[1:]
   carry_dtype, count = g_last.dtype, a.shape[-1]
   gates, states = Rows(a.dtype, carry_dtype), Rows(h.dtype, carry_dtype)
@@ -313,37 +306,22 @@ def shifted(array: Array, edge: Array, *, later: bool) -> Array:
 
 
 def associative_bwd(
-  form: Form,
-  a: Array,
-  h: Array,
-  h0: Array,
-  reset: Array | None,
-  g: Array,
-  g_last: Array,
+  form: Form, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
   """As `sequential_bwd`."""
-
-  def scan(reverse: bool, x: Array, gates: Array, start: Array) -> Array:
-    return scanned(reverse, x, gates, start)
-
-  return shifted_bwd(form, scan, a, h, h0, reset, g, g_last)
+  return shifted_bwd(form, scanned, saved, g, g_last)
 
 
 def shifted_bwd(
-  form: Form,
-  scan: Any,
-  a: Array,
-  h: Array,
-  h0: Array,
-  reset: Array | None,
-  g: Array,
-  g_last: Array,
+  form: Form, scan: Any, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
   """The gradient by one scan over arrays that were shifted by a step.
 
-  Arguments as for `sequential_bwd`, and `scan`: (reverse, drive, gates, start)
-  -> states, all in the carry's dtype.
+  Arguments as for `sequential_bwd`, and `scan`: as `scanned`, whose arrays are
+  all in the carry's dtype.
   """
+  a, reset, _, h, h0, _ = saved
+  assert h is not None
   reverse, carry_dtype = form.reverse, g_last.dtype
   gates = effective(form, a.astype(carry_dtype), g.shape[-1], reset)
   following = shifted(gates, jnp.ones_like(h0), later=reverse)
@@ -451,7 +429,8 @@ def chunked_bwd(
     x, a, reset, start, g = part
     x, a, g = drives.unpack(x), gates.unpack(a), drives.unpack(g)
     h, _ = sequential(form, x, a, start, reset)
-    dx, da, decayed = sequential_bwd(form, a, h, start, reset, g, decayed)
+    own = Saved(a, reset, None, h, start)
+    dx, da, decayed = sequential_bwd(form, own, g, decayed)
     return decayed, (drives.pack(dx), gates.pack(da))
 
   parts = (

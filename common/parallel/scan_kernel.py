@@ -19,7 +19,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 
-from common.parallel.scan_forms import Form, gathered, spread
+from common.parallel.scan_forms import Form, Saved, gathered, spread
 
 Array = jax.Array
 Planes = tuple[Array, ...]
@@ -57,15 +57,11 @@ def forward(
 
 
 def backward(
-  form: Form,
-  a: Array,
-  h: Array,
-  h0: Array,
-  reset: Array | None,
-  g: Array,
-  g_last: Array,
+  form: Form, saved: Saved, g: Array, g_last: Array
 ) -> tuple[Array, Array, Array]:
   """As `scan_forms.sequential_bwd`."""
+  a, reset, _, h, h0, _ = saved
+  assert h is not None
   gates = spread(a, g.shape[-1])
   kernel = _kernel(form, "backward", form.reverse, reset)
   # One gate of several channels is summed in the carry's dtype.
@@ -200,7 +196,15 @@ def _local(
   import importlib
 
   module: Any = importlib.import_module(f"common.parallel.scan_{kernel.impl}")
-  run = functools.partial(module.run, count=count, dtypes=dtypes)
+
+  def run(kernel: Kernel, *arrays: Array) -> tuple[Array, ...]:
+    *planes, reset = arrays if kernel.has_reset else (*arrays, None)
+    numbers = [
+      tuple(planes[i : i + count]) for i in range(0, len(planes), count)
+    ]
+    made = module.run(kernel, numbers, reset, dtypes)
+    return tuple(plane for number in made for plane in number)
+
   compiled = functools.partial(run, kernel)
   plain = functools.partial(run, kernel._replace(interpret=True))
   branches = {module.PLATFORM: compiled}

@@ -13,6 +13,7 @@ the block before, of which 16 rows are read as well.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -85,28 +86,28 @@ class _Plan(NamedTuple):
 
 def run(
   kernel: Kernel,
-  *arrays: Array,
-  count: int,
-  dtypes: tuple[str, ...],
+  numbers: Sequence[Planes],
+  reset: Array | None,
+  dtypes: Sequence[str],
+  *,
   blocks: Blocks | None = None,
-) -> tuple[Array, ...]:
-  """Runs a task; see `scan_kernel`.
+) -> tuple[Planes, ...]:
+  """Runs a task.
 
   Args:
     kernel: what is computed.
-    *arrays: planes, then the resets if there are any.
-    count: planes of a number.
+    numbers: the task's inputs; see `scan_kernel`.
+    reset: bool [b t].
     dtypes: of the outputs.
     blocks: see `Blocks`.
   """
-  batch, length, channels = arrays[0].shape
+  first, count = numbers[0][0], len(numbers[0])
+  batch, length, channels = first.shape
   blocks = blocks or Blocks()
   lanes = min(blocks.channels // count, channels)  # planes share the room
   plan = _Plan(kernel, count, length, channels, blocks.steps, lanes)
-  values, reset = list(arrays), None
-  if kernel.has_reset:
-    reset = values.pop().astype(jnp.int32)[:, None]
-  numbers = [tuple(values[i : i + count]) for i in range(0, len(values), count)]
+  if reset is not None:
+    reset = reset.astype(jnp.int32)[:, None]
   body, kinds = _TASKS[kernel.task]
   ins, outs = (names.split() for names in kinds)
   if kernel.task == "backward":
@@ -127,7 +128,7 @@ def run(
     ),
     out_specs=tuple((specs[kind],) * count for kind in outs),
     out_shape=tuple(
-      (shape_like(arrays[0], shapes[kind], dtype),) * count
+      (shape_like(first, shapes[kind], dtype),) * count
       for kind, dtype in zip(outs, dtypes)
     ),
     scratch_shapes=([pltpu.VMEM((1, lanes), carry)] * (2 * count),),
@@ -144,9 +145,8 @@ def run(
     reset,
   )
   return tuple(
-    plane[:, 0] if kind == "end" else plane
+    tuple(plane[:, 0] for plane in own) if kind == "end" else own
     for kind, own in zip(outs, made)
-    for plane in own
   )
 
 

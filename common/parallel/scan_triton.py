@@ -11,6 +11,7 @@ it. That reads the drive and the gates twice.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,23 +83,24 @@ class _Plan(NamedTuple):
 
 def run(
   kernel: Kernel,
-  *arrays: Array,
-  count: int,
-  dtypes: tuple[str, ...],
+  numbers: Sequence[Planes],
+  reset: Array | None,
+  dtypes: Sequence[str],
+  *,
   blocks: Blocks | None = None,
   parts: int | None = None,
-) -> tuple[Array, ...]:
-  """Runs a task; see `scan_kernel`.
+) -> tuple[Planes, ...]:
+  """Runs a task.
 
   Args:
     kernel: what is computed.
-    *arrays: planes, then the resets if there are any.
-    count: planes of a number.
+    numbers: the task's inputs; see `scan_kernel`.
+    reset: bool [b t].
     dtypes: of the outputs.
     blocks: see `Blocks`.
     parts: into which time is divided; as many as fill a card if None.
   """
-  batch, length, channels = arrays[0].shape
+  count, (batch, length, channels) = len(numbers[0]), numbers[0][0].shape
   if blocks is None:
     # An interpreter gains nothing by loading ahead; complex numbers are loaded
     # twice, and make programs of four times the length.
@@ -108,13 +110,10 @@ def run(
     parts = parts_of(batch, length, channels, blocks)
   span = divided(length, parts)
   plan = _Plan(kernel, count, length, channels, span, blocks)
-  values, reset = list(arrays), None
-  if kernel.has_reset:
-    reset = values.pop().astype(jnp.int8)
-  numbers = [tuple(values[i : i + count]) for i in range(0, len(values), count)]
+  if reset is not None:
+    reset = reset.astype(jnp.int8)
   tasks = {"forward": _forward, "backward": _backward, "reduce": _reduce}
-  made = tasks[kernel.task](plan, *numbers, reset=reset, dtypes=dtypes)
-  return tuple(plane for number in made for plane in number)
+  return tasks[kernel.task](plan, *numbers, reset=reset, dtypes=dtypes)
 
 
 def parts_of(batch: int, length: int, channels: int, blocks: Blocks) -> int:

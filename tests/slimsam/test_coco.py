@@ -1,6 +1,6 @@
 import json
-import math
 import logging
+import math
 import pickle
 
 import numpy as np

@@ -42,8 +42,13 @@ def check(oracle, run, shape, reverse):
   def call(task, *arrays):
     kernel = Kernel("", task, reverse, False, True, interpret=True)
     count = {"forward": 2, "backward": 3, "reduce": 2}[task]
-    call = functools.partial(run, kernel, count=1, dtypes=("float32",) * count)
-    return jax.jit(call)(*arrays, reset)
+
+    @jax.jit
+    def call(*arrays):
+      numbers = [(array,) for array in arrays]
+      return run(kernel, numbers, reset, ("float32",) * count)
+
+    return [plane for (plane,) in call(*arrays)]
 
   h, last = call("forward", x, a, h0)
   wanted, wanted_last = oracle.loop(x, a, h0, **options)
@@ -185,8 +190,8 @@ def test_mosaic_on_a_simulated_tpu(oracle, reverse):
   ):
     kernel = Kernel("", task, reverse, False, True, interpret=params)
     found = scan_mosaic.run(
-      kernel, *arrays, reset, count=1, dtypes=("float32",) * len(expected),
-      blocks=scan_mosaic.Blocks(steps=32),
+      kernel, [(array,) for array in arrays], reset,
+      ("float32",) * len(expected), blocks=scan_mosaic.Blocks(steps=32),
     )  # fmt: skip
-    for value, wanted in zip(found, expected, strict=True):
+    for (value,), wanted in zip(found, expected, strict=True):
       close(value, wanted)

@@ -190,9 +190,11 @@ def test_gates_whose_product_overflows_leave_nothing_of_nothing():
   a = jnp.full_like(x, 1e20)
   found = [linear_scan(x, a)[0]]
   kernel = Kernel("", "forward", False, False, False, interpret=True)
-  found += scan_triton.run(
-    kernel, x, a, x[:, 0], count=1, dtypes=("float32",) * 2, parts=2
-  )
+  numbers = [(array,) for array in (x, a, x[:, 0])]
+  for (plane,) in scan_triton.run(
+    kernel, numbers, None, ("float32",) * 2, parts=2
+  ):
+    found.append(plane)
   with jax.set_mesh(make_mesh({"seq": -1, "data": 2})):
     found += jax.jit(lambda x, a: linear_scan(x, a, mesh_axis="seq"))(x, a)
   for value in found:
