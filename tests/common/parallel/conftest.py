@@ -2,8 +2,11 @@
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 
 def gates_of(a, channels, log_gates, reset):
@@ -53,6 +56,36 @@ def gradients(
   return dx, da, decayed
 
 
+def plain(x, a, h0, reset=None):
+  """The definition in jax, for jax to differentiate."""
+  if reset is not None:
+    a = jnp.where(reset[:, :, None], 0.0, a)
+
+  def step(state, xa):
+    state = xa[1] * state + xa[0]
+    return state, state
+
+  rows = jnp.swapaxes(x, 0, 1), jnp.swapaxes(a, 0, 1)
+  last, h = jax.lax.scan(step, h0, rows)
+  return jnp.swapaxes(h, 0, 1), last
+
+
 @pytest.fixture(scope="session")
 def oracle():
-  return SimpleNamespace(loop=loop, gradients=gradients)
+  return SimpleNamespace(loop=loop, gradients=gradients, plain=plain)
+
+
+@pytest.fixture(scope="session")
+def make_mesh():
+  """`make_mesh(data=2, model=2)`: of the first devices, with Auto axes."""
+
+  def make(**sizes):
+    count = int(np.prod(list(sizes.values())))
+    return jax.make_mesh(
+      tuple(sizes.values()),
+      tuple(sizes),
+      axis_types=(AxisType.Auto,) * len(sizes),
+      devices=jax.devices()[:count],
+    )
+
+  return make

@@ -1,7 +1,6 @@
 """The recurrence's kernels: blocks, lowering, sharding, when they are taken."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -158,19 +157,6 @@ def test_the_table_names_forms():
     assert min(row.rows, row.steps) > 0
   places = [row[:4] for row in table()]
   assert len(set(places)) == len(places)
-
-
-def test_a_mapped_axis_joins_the_rows(oracle):
-  shape = (2, 9, 3)
-  x, a, h0, *_ = draw(*shape)
-  stacked = np.stack([x, 2 * x, -x])
-  for impl, axes in itertools.product(PLATFORMS, ((0, None, None),)):
-    scan = functools.partial(linear_scan, impl=impl)
-    h, last = jax.jit(jax.vmap(scan, in_axes=axes))(stacked, a, h0)
-    for own, own_last, drive in zip(h, last, stacked, strict=True):
-      wanted, wanted_last = oracle.loop(drive, a, h0)
-      close(own, wanted)
-      close(own_last, wanted_last)
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -10,13 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from common.parallel import linear_scan
+from common.parallel.scan import IMPLEMENTATIONS
 
 TIME = 6
-FORMS = {
-  "sequential": {"impl": "sequential"},
-  "associative": {"impl": "associative"},
-  "chunks": {"impl": "chunked", "chunk": 4},
-}
+FORMS = ("sequential", "associative", "chunked")
 forms = pytest.mark.parametrize("form", FORMS)
 few = settings(max_examples=25, deadline=None, derandomize=True)
 close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
@@ -24,7 +21,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
 
 @functools.partial(jax.jit, static_argnames=("form", "reverse"))
 def scan(form, x, a, h0, reset, reverse=False):
-  return linear_scan(x, a, h0, reset=reset, reverse=reverse, **FORMS[form])
+  return linear_scan(x, a, h0, reset=reset, reverse=reverse, impl=form, chunk=4)
 
 
 def arrays(low, high, *shape):
@@ -56,7 +53,7 @@ def test_a_scan_splits_anywhere(form, values, at, reverse):
   close(state, whole_last)
 
 
-@forms
+@pytest.mark.parametrize("form", IMPLEMENTATIONS[1:])
 @few
 @given(numbers)
 def test_reverse_is_the_flipped_scan_of_the_flipped(form, values):

@@ -6,9 +6,9 @@ import re
 import jax
 import numpy as np
 
-from common.parallel import linear_scan
+from common.parallel import linear_scan, scan
 
-README = pathlib.Path("common/parallel/README.md")
+README = pathlib.Path(scan.__file__).with_name("README.md")
 
 
 def test_its_code_runs():

@@ -6,18 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from common.parallel import linear_scan
+from common.parallel.scan import IMPLEMENTATIONS
 from common.parallel.traffic import bytes_sent
 
-FORMS = {
-  "sequential": {"impl": "sequential"},
-  "associative": {"impl": "associative"},
-  "chunks": {"impl": "chunked", "chunk": 4},
-  "triton": {"impl": "triton"},
-  "mosaic": {"impl": "mosaic"},
-}
+FORMS = IMPLEMENTATIONS[1:]
 ONE = np.ones((2, 6, 3), np.float32)
 close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5)
 
@@ -43,23 +38,13 @@ def run(
   def loss(x, a, h0):
     h, last = linear_scan(
       x, a, h0, reset=reset, reverse=reverse, mesh_axis=mesh_axis,
-      log_gates=log_gates, **FORMS[form],
+      log_gates=log_gates, impl=form, chunk=4,
     )  # fmt: skip
     return jnp.sum(h.astype(last.dtype) * g) + jnp.sum(last * g_last), (h, last)
 
   grad = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
   grads, values = grad(x, a, h0)
   return *values, *grads
-
-
-def make_mesh(**sizes):
-  count = int(np.prod(list(sizes.values())))
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * len(sizes),
-    devices=jax.devices()[:count],
-  )
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -71,12 +56,12 @@ def make_mesh(**sizes):
     ("sequential", 4),
     ("sequential", 8),
     ("associative", 8),
-    ("chunks", 2),
+    ("chunked", 2),
     ("triton", 4),
     ("mosaic", 4),
   ],
 )
-def test_sharded_in_time_is_unsharded(form, shards, reverse):
+def test_sharded_in_time_is_unsharded(make_mesh, form, shards, reverse):
   arrays = inputs()
   # Inside a shard, at the start of one and at the end of one.
   reset = np.zeros((2, 24), bool)
@@ -89,7 +74,7 @@ def test_sharded_in_time_is_unsharded(form, shards, reverse):
   assert not np.any(np.asarray(got[3])[reset])
 
 
-def test_sharded_in_time_and_rows_under_other_transformations():
+def test_sharded_in_time_and_rows_under_other_transformations(make_mesh):
   x, a, _, g, _ = inputs(batch=4, time=16)
 
   def loss(x, a, mesh_axis=None):
@@ -113,7 +98,7 @@ def test_sharded_in_time_and_rows_under_other_transformations():
     np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_heads_and_logarithms_along_a_mesh():
+def test_heads_and_logarithms_along_a_mesh(make_mesh):
   x, a, *rest = inputs(channels=6)
   log_a = np.log(a[..., :2] + 1e-3)
   reset = np.arange(48).reshape(2, 24) % 7 == 2
@@ -127,7 +112,7 @@ def test_heads_and_logarithms_along_a_mesh():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shards_exchange_states_and_decays_only(form):
+def test_shards_exchange_states_and_decays_only(make_mesh, form):
   """A state and a decay a shard, and the cotangent's state."""
   mesh = make_mesh(seq=4)
   time = NamedSharding(mesh, jax.P(None, "seq"))
@@ -141,7 +126,7 @@ def test_shards_exchange_states_and_decays_only(form):
   }
 
 
-def test_sharded_bfloat16():
+def test_sharded_bfloat16(make_mesh):
   x, a, h0, g, g_last = inputs(time=16)
   arrays = x.astype(jnp.bfloat16), a.astype(jnp.bfloat16), h0, g, g_last
   expected = run("sequential", *arrays)
@@ -155,7 +140,7 @@ def test_sharded_bfloat16():
     )
 
 
-def test_there_is_no_second_derivative_along_a_mesh():
+def test_there_is_no_second_derivative_along_a_mesh(make_mesh):
   x, a, *_ = inputs()
 
   def slope(x):
@@ -168,7 +153,7 @@ def test_there_is_no_second_derivative_along_a_mesh():
     jax.grad(slope)(x)
 
 
-def test_errors_of_the_mesh_axis():
+def test_errors_of_the_mesh_axis(make_mesh):
   with jax.set_mesh(make_mesh(data=2, seq=4)):
     with pytest.raises(ValueError, match=r"'time' is not.*'data', 'seq'"):
       linear_scan(ONE, ONE, mesh_axis="time")

@@ -14,15 +14,10 @@ from common.parallel import (
   make_mesh,
   scan_triton,
 )
+from common.parallel.scan import IMPLEMENTATIONS
 from common.parallel.scan_kernel import Kernel
 
-FORMS = {
-  "sequential": {"impl": "sequential"},
-  "associative": {"impl": "associative"},
-  "chunks": {"impl": "chunked", "chunk": 4},
-  "triton": {"impl": "triton"},
-  "mosaic": {"impl": "mosaic"},
-}
+FORMS = IMPLEMENTATIONS[1:]
 forms = pytest.mark.parametrize("form", FORMS)
 close = functools.partial(np.testing.assert_allclose, rtol=3e-5, atol=3e-5)
 NAMES = ("h", "h_last", "dx", "da", "dh0")
@@ -37,7 +32,7 @@ def run(form, x, a, h0, g, g_last, reset, reverse, log_gates, given=True):
   def loss(x, a, h0):
     h, last = linear_scan(
       x, a, h0 if given else None, reverse=reverse, reset=reset,
-      log_gates=log_gates, **FORMS[form],
+      log_gates=log_gates, impl=form, chunk=4,
     )  # fmt: skip
     total = jnp.sum(h.astype(last.dtype) * g) + jnp.sum(last * g_last)
     return jnp.real(total), (h, last)
@@ -167,7 +162,7 @@ def test_nan_and_inf_go_where_the_loop_takes_them(form, bad):
   x[1, 4, 2] = bad
   reset = np.zeros((2, 12), bool)
   reset[1, 7] = True
-  options = FORMS[form]
+  options = {"impl": form, "chunk": 4}
   h, last = jax.jit(functools.partial(linear_scan, **options))(
     x, a, reset=reset
   )
@@ -206,7 +201,7 @@ def test_long_products_underflow_to_nothing(form):
   """0.01 to the power of 300 is no float32; the states are."""
   x = np.ones((1, 300, 2), np.float32)
   a = np.full_like(x, 0.01)
-  h, last = jax.jit(functools.partial(linear_scan, **FORMS[form]))(x, a)
+  h, last = jax.jit(functools.partial(linear_scan, impl=form, chunk=4))(x, a)
   close(h[0, 2:], np.full((298, 2), 1.010101))
   close(last, [[1.010101, 1.010101]])
 
@@ -233,18 +228,6 @@ def test_steps_are_the_scan(log_gates):
 # -- second derivatives --------------------------------------------------------
 
 
-def plain_scan(x, a, h0, reset):
-  a = jnp.where(reset[:, :, None], 0.0, a)
-
-  def step(state, xa):
-    state = xa[1] * state + xa[0]
-    return state, state
-
-  rows = jnp.swapaxes(x, 0, 1), jnp.swapaxes(a, 0, 1)
-  last, h = jax.lax.scan(step, h0, rows)
-  return jnp.swapaxes(h, 0, 1), last
-
-
 def curvature(scan, x, a, h0, g, v):
   """The gradient of <gradient, v>, as a Hessian times a vector is found."""
 
@@ -262,11 +245,11 @@ def curvature(scan, x, a, h0, g, v):
 @pytest.mark.parametrize(
   "form", ["sequential", "associative", "triton", "mosaic"]
 )
-def test_second_derivatives(form):
+def test_second_derivatives(oracle, form):
   x, a, h0, g, _, reset = draw(time=7)
   v = x[::-1], a[:, ::-1], -h0
-  scan = functools.partial(linear_scan, reset=reset, **FORMS[form])
-  plain = functools.partial(plain_scan, reset=reset)
+  scan = functools.partial(linear_scan, reset=reset, impl=form, chunk=4)
+  plain = functools.partial(oracle.plain, reset=reset)
   got, expected = (
     jax.jit(functools.partial(curvature, own))(x, a, h0, g, v)
     for own in (scan, plain)
