@@ -21,10 +21,10 @@ from common.weights import (
 from slimsam.formats import (
   from_hf,
   from_sam,
-  preprocessor_config,
   to_hf,
   to_sam,
 )
+from slimsam.hf_config import preprocessor_config
 from slimsam.settings import SamSettings
 
 PyTree = Any
