@@ -53,6 +53,11 @@ def main(config, workdir):
     multihost_utils.sync_global_devices("both have printed")
     if jax.process_index() == 0:
       raise RuntimeError("boom")
+  if config.name == "dropped":
+    class Dies:
+      def __del__(self):
+        raise KeyboardInterrupt  # which Python only prints
+    Dies()
   if config.name != "toy":
     import time
     end = time.monotonic() + 60
@@ -421,17 +426,14 @@ def test_a_verb_takes_the_parser_and_the_statuses(capsys):
   assert "example:\n  toy 1" in capsys.readouterr().out
 
 
-def environment():
-  root = os.path.dirname(os.path.dirname(app.__file__))
-  return {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-
-
 def start(folder, *arguments):
   (folder / "toy_main.py").write_text(MAIN)
+  root = os.path.dirname(os.path.dirname(app.__file__))
+  environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
     [sys.executable, "-P", "toy_main.py", *arguments],
     cwd=folder,
-    env=environment(),
+    env=environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -452,6 +454,13 @@ def test_as_a_process_ctrl_c_is_one_line(folder):
   process = start(folder, "--config=configs/toy.py", "--config.name=sleep")
   assert process.stdout.readline() == f"1 0.001 {folder}/runs/toy\n"
   process.send_signal(signal.SIGINT)
+  with killing(process):
+    _, err = process.communicate(timeout=30)
+  assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def test_ctrl_c_in_a_destructor_counts(folder):
+  process = start(folder, "--config=configs/toy.py", "--config.name=dropped")
   with killing(process):
     _, err = process.communicate(timeout=30)
   assert (process.returncode, err) == (130, "interrupted\n")
@@ -487,32 +496,3 @@ def test_a_configuration_of_another_program_is_refused(run):
   assert result.status == 2
   assert not result.calls
   assert "configs/toy.py is none of toy: it has no 'teacher'" in result.err
-
-
-DIES = """
-import signal, time
-from common import app
-
-class Dies:
-  def __del__(self):
-    raise KeyboardInterrupt
-
-def main(config, workdir):
-  Dies()
-  time.sleep(10)  # where it counts
-  raise AssertionError("nobody heard of it")
-
-signal.signal(signal.SIGINT, signal.default_int_handler)
-app.run(main, name="toy", description="", example="")
-"""
-
-
-def test_an_interrupt_in_a_destructor_counts():
-  """Python drops what is raised there."""
-  done = subprocess.run(
-    [sys.executable, "-c", DIES, "--config=configs/toy.py"],
-    env=environment(),
-    capture_output=True,
-    text=True,
-  )
-  assert (done.returncode, done.stderr) == (130, "interrupted\n")
