@@ -18,7 +18,7 @@ _EXPORTS = {
   "Mixture": "birdie.mixture",
   "MixtureSchedule": "birdie.mixture",
   "reward": "birdie.controller",
-  "load_run": "birdie.evaluate",
+  "load_run": "birdie.run",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from birdie import controller
-from birdie.evaluate import Evaluator, Scores
 from birdie.presets import Configuration
+from birdie.validation import Evaluator, Scores
 from common.metrics import MetricWriter
 from common.parallel import from_host, on_device, to_host
 from common.rngs import fold_name
@@ -54,7 +54,7 @@ class EvaluationHook:
 
   Args:
     steps: the steps to evaluate at.
-    evaluator: see `birdie.evaluate`.
+    evaluator: see `birdie.validation`.
     curriculum: names.
     writer: where the lines go.
   """

@@ -45,7 +45,7 @@ def main() -> None:
   import numpy as np
 
   from birdie import decode
-  from birdie.evaluate import load_run
+  from birdie.run import load_run
 
   run = load_run(args.run, step=args.step)
   announce = run.vocab.paradigms["prefix_language_modeling"]

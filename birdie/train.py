@@ -13,11 +13,10 @@ import numpy as np
 from birdie import controller
 from birdie import data as data_lib
 from birdie.curriculum import Curriculum, CurriculumHook, EvaluationHook
-from birdie.evaluate import Evaluator, apply_model
 from birdie.models import RULES, make_model, token_metrics
 from birdie.report import make_spec
 from birdie.retrieval import RetrievalEvaluation
-from birdie.validation import eval_batches
+from birdie.validation import Evaluator, apply_model, eval_batches
 from common import hooks as hooks_lib
 from common.config import flatten
 from common.data.tokenizers import Tokenizer, make_tokenizer

@@ -1,15 +1,23 @@
-"""Held-out text in training's format: fixed rows of every configuration."""
+"""Losses on held-out text in training's format, of every configuration."""
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from birdie.data import Batch, Corpus, process_rows
+from birdie.models import token_metrics
 from birdie.packing import KEYS, Packer, Pieces
 from birdie.presets import Configuration
+from common.data.loader import Placer
 from common.data.text import TokenStore, shuffled_windows
 from common.errors import UserError
+
+PyTree = Any
 
 
 def eval_batches(
@@ -100,3 +108,93 @@ def _eval_rows(packer: Packer, config: int, pieces: Pieces) -> Batch:
       "places of a row: give longer documents, a larger data.sequence_length "
       "or shorter objectives"
     ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Validation results, one value a configuration.
+
+  Attributes:
+    losses: [K] mean negative log-likelihood of a target token, in nats.
+    accuracies: [K] share of target tokens that are the model's first choice.
+    tokens: [K] number of target tokens.
+  """
+
+  losses: np.ndarray
+  accuracies: np.ndarray
+  tokens: np.ndarray
+
+  def summary(self, names: Sequence[str]) -> dict[str, float]:
+    """Scalars to write: token-weighted means, then every configuration."""
+    total = self.tokens.sum()
+    lines = {
+      "eval/loss": float((self.losses * self.tokens).sum() / total),
+      "eval/accuracy": float((self.accuracies * self.tokens).sum() / total),
+    }
+    for name, loss, accuracy in zip(names, self.losses, self.accuracies):
+      lines[f"eval_config/loss/{name}"] = float(loss)
+      lines[f"eval_config/accuracy/{name}"] = float(accuracy)
+    return lines
+
+
+class Evaluator:
+  """Scores parameters on fixed batches, in exactly the training format.
+
+  Args:
+    model: maps tokens to logits.
+    batches: host batches that hold this process's rows.
+    num_configs: K.
+    sharding: where batches go.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    *,
+    num_configs: int,
+    sharding: jax.sharding.NamedSharding,
+  ):
+    place = Placer(sharding)
+    self._batches = [place(batch) for batch in batches]
+
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+
+    @functools.partial(jax.jit, out_shardings=everywhere)
+    def sums(params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
+      logits = apply_model(model, params, batch)
+      loss, correct = token_metrics(logits, batch)
+      weights = batch["loss_weights"]
+      values = jnp.stack([loss * weights, correct * weights, weights], -1)
+      ids = jnp.where(weights > 0, batch["config_ids"], num_configs)
+      return jax.ops.segment_sum(
+        values.reshape(-1, 3), ids.reshape(-1), num_configs + 1
+      )[:num_configs]
+
+    self._sums = sums
+
+  def __call__(self, params: PyTree) -> Scores:
+    """Evaluates; all processes get the same numbers."""
+    parts = [self._sums(params, batch) for batch in self._batches]
+    loss, correct, tokens = np.sum(
+      [np.asarray(part, np.float64) for part in parts], axis=0
+    ).T
+    count = np.maximum(tokens, 1)
+    return Scores(
+      losses=(loss / count).astype(np.float32),
+      accuracies=(correct / count).astype(np.float32),
+      tokens=tokens,
+    )
+
+
+def apply_model(
+  model: Any, params: PyTree, batch: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Runs the model on a packed batch; returns logits [B, T, V]."""
+  return model.apply(
+    {"params": params},
+    batch["tokens"],
+    batch["segment_ids"],
+    batch["positions"],
+    batch["prefix"],
+  )

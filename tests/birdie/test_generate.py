@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from birdie import decode, evaluate, generate
+from birdie import decode, generate
+from birdie import run as run_lib
 from birdie.models import GatedSSM
 from birdie.vocab import byte_vocabulary
 from common import app
@@ -62,7 +63,7 @@ def run():
   model = GatedSSM(vocab.size, width=8, state=8, layers=2)
   row = jnp.zeros((1, 4), jnp.int32)
   params = jax.jit(model.init)(jax.random.key(0), row, row, row, row > 0)
-  return evaluate.Run(
+  return run_lib.Run(
     config=None,
     model=model,
     params=params["params"],
@@ -80,7 +81,7 @@ def command(run, monkeypatch, capsys):
     assert (run_dir, step) == ("folder", None)
     return run
 
-  monkeypatch.setattr(evaluate, "load_run", load_run)
+  monkeypatch.setattr(run_lib, "load_run", load_run)
 
   def call(*arguments):
     argv = ["birdie.generate", "--run", "folder", *arguments]

@@ -140,7 +140,7 @@ def test_workers_change_nothing(config, straight, tmp_path, workers):
 # Runs `birdie.main` and kills it inside its third evaluation.
 DIES_EVALUATING = """
 import os, runpy, signal, sys
-from birdie.evaluate import Evaluator
+from birdie.validation import Evaluator
 real, calls = Evaluator.__call__, []
 def dies(self, params):
   calls.append(1)

@@ -11,8 +11,7 @@ from birdie import controller
 from birdie import data as data_lib
 from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
-from birdie.evaluate import Evaluator, Scores, apply_model
-from birdie.validation import eval_batches
+from birdie.validation import Evaluator, Scores, apply_model, eval_batches
 from common.config import flatten
 from common.data.text import TokenStore
 from common.data.tokenizers import ByteTokenizer
