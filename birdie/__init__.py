@@ -9,6 +9,8 @@ from typing import Any
 
 _EXPORTS = {
   "GatedSSM": "birdie.models",
+  "Hawk": "birdie.models",
+  "Transformer": "birdie.models",
   "make_model": "birdie.models",
   "OBJECTIVES": "birdie.objectives",
   "Example": "birdie.objectives",

@@ -1,9 +1,11 @@
-"""Generation with a state of constant size.
+"""Generation from what a model keeps of its prefix.
 
-The prefix is read once, in both directions. All that is kept of it is each
-layer's forward state, [n] floats a sequence, whatever the prefix's length; the
-reverse half keeps nothing, for behind the prefix its gate is closed. Then one
-token at a time, beginning with GEN (paper, section 3.1).
+The prefix is read once, in both directions. All that a recurrent model keeps of
+it is each layer's forward state, [n] floats a sequence (and Hawk the last three
+inputs of its convolution), whatever the prefix's length; the reverse half keeps
+nothing, for behind the prefix its gate is closed. A Transformer keeps keys and
+values of every token. Then one token at a time, beginning with GEN (paper,
+section 3.1).
 """
 
 import functools
@@ -24,21 +26,25 @@ class DecodeState:
   """What a sequence has read so far.
 
   Attributes:
-    layers: float32 [blocks, kinds, b, 2, n/2].
+    layers: see `LanguageModel.empty_state`.
     position: int32 [b], tokens read.
   """
 
-  layers: jax.Array
+  layers: PyTree
   position: jax.Array
 
 
-def empty_state(model: Any, batch: int) -> DecodeState:
-  """The state before any token."""
-  blocks, kinds, *rest = model.state_shape
+def empty_state(model: Any, batch: int, capacity: int = 0) -> DecodeState:
+  """The state before any token; `capacity` as in `prefill`."""
   return DecodeState(
-    jnp.zeros((blocks, kinds, batch, *rest), jnp.float32),
-    jnp.zeros(batch, jnp.int32),
+    model.empty_state(batch, capacity), jnp.zeros(batch, jnp.int32)
   )
+
+
+def state_bytes(model: Any, capacity: int) -> int:
+  """Bytes that a sequence's state takes, with room for `capacity` tokens."""
+  shapes = jax.eval_shape(lambda: model.empty_state(1, capacity))
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _unsharded(model: Any) -> Any:
@@ -46,9 +52,14 @@ def _unsharded(model: Any) -> Any:
   return model.clone(seq_axis=None)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capacity")
 def prefill(
-  model: Any, params: PyTree, tokens: jax.Array, lengths: jax.Array
+  model: Any,
+  params: PyTree,
+  tokens: jax.Array,
+  lengths: jax.Array,
+  *,
+  capacity: int = 0,
 ) -> DecodeState:
   """Reads prefixes of unequal lengths.
 
@@ -61,6 +72,8 @@ def prefill(
     params: its parameters.
     tokens: int32 [b p], padded on the right.
     lengths: int32 [b], 0 for an empty prefix.
+    capacity: tokens that will be read in all, prefix and GEN too. A Transformer
+      keeps no more; the others need not know.
 
   Returns:
     The state before GEN.
@@ -74,7 +87,7 @@ def prefill(
     real.astype(jnp.int32),
     places,
     real,
-    decode_state=empty_state(model, batch).layers,
+    decode_state=empty_state(model, batch, max(capacity, length)).layers,
   )
   return DecodeState(layers, lengths)
 
@@ -153,7 +166,8 @@ def _generate(
 ):  # fmt: skip
   """[b max_new_tokens] int32 and how many of them count, [b]."""
   batch = tokens.shape[0]
-  state = prefill(model, params, tokens, lengths)
+  capacity = tokens.shape[1] + max_new_tokens
+  state = prefill(model, params, tokens, lengths, capacity=capacity)
   out = jnp.zeros((batch, max_new_tokens), jnp.int32)
 
   def going(carry):
@@ -171,7 +185,7 @@ def _generate(
       top_p=top_p,
     )
     out = out.at[:, i].set(jnp.where(done, 0, token))
-    done = done | (token == stop)
+    done = done | jnp.isin(token, stop)
     counts = counts + ~done
     return i + 1, state, token, out, done, counts
 
@@ -194,7 +208,7 @@ def generate(
   *,
   gen: int,
   max_new_tokens: int,
-  stop: int = -1,
+  stop: int | Sequence[int] = (),
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
@@ -208,7 +222,7 @@ def generate(
     prompts: int arrays, of any lengths, empty ones too.
     gen: the token that begins generation.
     max_new_tokens: at most this many each.
-    stop: a token that ends a continuation and is not part of it; -1: none.
+    stop: tokens that end a continuation and are not part of it.
     temperature: see `sample`.
     top_k: see `sample`.
     top_p: see `sample`.
@@ -224,7 +238,7 @@ def generate(
     tokens,
     lengths,
     gen,
-    stop,
+    np.atleast_1d(np.asarray(stop, np.int32)),
     jax.random.key(seed),
     max_new_tokens=max_new_tokens,
     temperature=temperature,
@@ -241,14 +255,17 @@ def stream(
   *,
   gen: int,
   max_new_tokens: int,
-  stop: int = -1,
+  stop: int | Sequence[int] = (),
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
   seed: int = 0,
 ) -> Iterator[int]:
   """As `generate` for one prompt, token by token as they come."""
-  state = prefill(model, params, *pad_prompts([prompt], gen=gen))
+  tokens, lengths = pad_prompts([prompt], gen=gen)
+  capacity = tokens.shape[1] + max_new_tokens
+  state = prefill(model, params, tokens, lengths, capacity=capacity)
+  stops = set(np.atleast_1d(stop).tolist())
   token, key = jnp.full(1, gen, jnp.int32), jax.random.key(seed)
   for i in range(max_new_tokens):
     logits, state = decode_step(model, params, state, token)
@@ -260,7 +277,7 @@ def stream(
       top_p=top_p,
     )
     value = int(token[0])
-    if value == stop:
+    if value in stops:
       return
     yield value
 

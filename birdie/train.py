@@ -13,10 +13,11 @@ import numpy as np
 from birdie import controller
 from birdie import data as data_lib
 from birdie.curriculum import Curriculum, CurriculumHook, EvaluationHook
-from birdie.models import RULES, make_model, token_metrics
+from birdie.losses import batch_losses
+from birdie.models import RULES, init_params, make_model
 from birdie.report import make_spec
 from birdie.retrieval import RetrievalEvaluation
-from birdie.validation import Evaluator, apply_model, eval_batches
+from birdie.validation import Evaluator, eval_batches
 from common import hooks as hooks_lib
 from common.config import flatten
 from common.data.tokenizers import Tokenizer, make_tokenizer
@@ -46,7 +47,13 @@ FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
         "data.prefetch", "mesh")  # fmt: skip
 
 
-def make_loss_fn(model: Any, curriculum: Curriculum) -> LossFn:
+def make_loss_fn(
+  model: Any,
+  curriculum: Curriculum,
+  *,
+  chunk: int = 0,
+  z_loss: float = 0.0,
+) -> LossFn:
   """The loss of a packed batch: mean over target tokens, in float32.
 
   Besides the whole, it reports loss and accuracy of every class of objectives
@@ -56,6 +63,10 @@ def make_loss_fn(model: Any, curriculum: Curriculum) -> LossFn:
   Args:
     model: a module of `birdie.models`.
     curriculum: the classes.
+    chunk: see `birdie.losses.token_losses`.
+    z_loss: times the mean squared log of the partition function, which is
+      added to what is minimized, and reported apart ("PaLM", arXiv 2204.02311,
+      section 5).
   """
   names = curriculum.class_names
   # One more class, for padding (configuration -1).
@@ -63,8 +74,7 @@ def make_loss_fn(model: Any, curriculum: Curriculum) -> LossFn:
 
   def loss_fn(params, batch, rngs):
     del rngs
-    logits = apply_model(model, params, batch)
-    loss, correct = token_metrics(logits, batch)
+    loss, correct, partition = batch_losses(model, params, batch, chunk=chunk)
     weights = batch["loss_weights"]
     ids = jnp.asarray(classes)[batch["config_ids"]]
     sums = jax.ops.segment_sum(
@@ -82,8 +92,11 @@ def make_loss_fn(model: Any, curriculum: Curriculum) -> LossFn:
     for i, name in enumerate(names):
       metrics[f"loss_of/{name}"] = Mean(sums[i, 0], sums[i, 2])
       metrics[f"accuracy_of/{name}"] = Mean(sums[i, 1], sums[i, 2])
-    mean = metrics["loss"]
-    return mean.total / jnp.maximum(mean.count, 1e-9), metrics
+    total = metrics["loss"].total
+    if z_loss:
+      metrics["z_loss"] = Mean.of(z_loss * partition**2, weights)
+      total += metrics["z_loss"].total
+    return total / jnp.maximum(metrics["loss"].count, 1e-9), metrics
 
   return loss_fn
 
@@ -136,9 +149,7 @@ def make_setup(config: Any, tokenizer: Tokenizer) -> Setup:
   tx, learning_rate = make_optimizer(config.optim, config.num_steps)
 
   def init(key: jax.Array) -> TrainState:
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    prefix = jnp.zeros((1, 8), bool)
-    params = model.init(key, tokens, tokens, tokens, prefix)["params"]
+    params = init_params(model, key)
     extra = {}
     if config.controller.enabled:
       extra["controller"] = controller.init_state(
@@ -180,7 +191,7 @@ _LEAST = {
   "evaluation.rows": 1, "evaluation.batch_size": 1, "retrieval.every": 0,
   "retrieval.books": 1, "retrieval.batch_size": 1, "log.every": 1,
   "checkpoint.every": 1, "checkpoint.keep": 1, "profile.start": 0,
-  "profile.count": 0,
+  "profile.count": 0, "loss.chunk": 0, "loss.z_loss": 0,
 }  # fmt: skip
 
 
@@ -276,7 +287,12 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     )
     progress.start(int(state.step))
     step_fn = make_train_step(
-      make_loss_fn(setup.model, setup.curriculum),
+      make_loss_fn(
+        setup.model,
+        setup.curriculum,
+        chunk=config.loss.chunk,
+        z_loss=config.loss.z_loss,
+      ),
       setup.tx,
       RngStreams(config.seed),
       accum=config.accum,
@@ -347,6 +363,7 @@ def make_evaluator(
     eval_batches(config, corpus, setup.configurations, sharding=setup.sharding),
     num_configs=len(setup.configurations),
     sharding=setup.sharding,
+    chunk=config.loss.chunk,
   )
 
 

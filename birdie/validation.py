@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from birdie.data import Batch, Corpus, process_rows
-from birdie.models import token_metrics
+from birdie.losses import batch_losses
 from birdie.packing import KEYS, Packer, Pieces
 from birdie.presets import Configuration
 from common.data.loader import Placer
@@ -141,10 +141,11 @@ class Evaluator:
   """Scores parameters on fixed batches, in exactly the training format.
 
   Args:
-    model: maps tokens to logits.
+    model: a module of `birdie.models`.
     batches: host batches that hold this process's rows.
     num_configs: K.
     sharding: where batches go.
+    chunk: see `token_losses`.
   """
 
   def __init__(
@@ -154,6 +155,7 @@ class Evaluator:
     *,
     num_configs: int,
     sharding: jax.sharding.NamedSharding,
+    chunk: int = 0,
   ):
     place = Placer(sharding)
     self._batches = [place(batch) for batch in batches]
@@ -162,8 +164,7 @@ class Evaluator:
 
     @functools.partial(jax.jit, out_shardings=everywhere)
     def sums(params: PyTree, batch: Mapping[str, jax.Array]) -> jax.Array:
-      logits = apply_model(model, params, batch)
-      loss, correct = token_metrics(logits, batch)
+      loss, correct, _ = batch_losses(model, params, batch, chunk=chunk)
       weights = batch["loss_weights"]
       values = jnp.stack([loss * weights, correct * weights, weights], -1)
       ids = jnp.where(weights > 0, batch["config_ids"], num_configs)
@@ -185,16 +186,3 @@ class Evaluator:
       accuracies=(correct / count).astype(np.float32),
       tokens=tokens,
     )
-
-
-def apply_model(
-  model: Any, params: PyTree, batch: Mapping[str, jax.Array]
-) -> jax.Array:
-  """Runs the model on a packed batch; returns logits [B, T, V]."""
-  return model.apply(
-    {"params": params},
-    batch["tokens"],
-    batch["segment_ids"],
-    batch["positions"],
-    batch["prefix"],
-  )

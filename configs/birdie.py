@@ -1,4 +1,4 @@
-"""Birdie: a Gated SSM under the reward-driven mixture.
+"""Birdie: language models under the reward-driven mixture.
 
 Variants, to be combined with commas (`configs/birdie.py:smoke,uniform`):
 
@@ -10,6 +10,8 @@ Variants, to be combined with commas (`configs/birdie.py:smoke,uniform`):
   ul2_decoder UL2 for decoders, fixed
   ntp         next-token prediction alone
   causal      no bidirectional layers
+  hawk        Hawk in the Gated SSM's place
+  transformer a Transformer in its place
 """
 
 from ml_collections import ConfigDict
@@ -62,19 +64,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   # birdie/README.md; it can only be set in a file like this one.
   config.mixture.entries = ()
 
-  config.model = ConfigDict()
-  config.model.name = "gated_ssm"
-  config.model.width = 192
-  config.model.state = 256
-  config.model.layers = 6
-  config.model.bidirectional = "alternate"  # none | alternate | all
-  config.model.prefix_mode = "strict"  # strict | paper
-  config.model.forget_bias = "fixed"  # learned | fixed | none
-  config.model.tie_embeddings = True
-  config.model.dtype = "float32"  # of the computation; parameters are float32
-  config.model.remat = False
-  config.model.scan_impl = "auto"
-  config.model.seq_axis = ""  # "seq" shards time over that mesh axis
+  config.model = _model()
+  config.loss = ConfigDict()
+  config.loss.chunk = 0  # places whose logits are held at once; 0: all of a row
+  config.loss.z_loss = 0.0
 
   config.optim = _optim()
   config.controller = _controller()
@@ -97,6 +90,33 @@ def get_config(arg: str | None = None) -> ConfigDict:
   return apply_variants(config, arg, VARIANTS)
 
 
+def _model() -> ConfigDict:
+  """See `birdie.models`."""
+  config = ConfigDict()
+  config.name = "gated_ssm"  # gated_ssm | hawk | transformer
+  config.width = 192
+  config.layers = 6
+  config.bidirectional = "alternate"  # none | alternate | all
+  config.prefix_mode = "strict"  # strict | paper; gated_ssm, hawk
+  config.state = 256  # gated_ssm, hawk
+  config.forget_bias = "fixed"  # learned | fixed | none; gated_ssm
+  config.gate_blocks = 1  # 1: dense gates; k: block-diagonal ones; hawk
+  config.reset_gamma = "keep"  # keep | one, where a segment starts; hawk
+  config.heads = 6  # transformer
+  config.kv_heads = 0  # 0: as many; transformer
+  config.rope_base = 250_000.0  # transformer
+  config.attention_impl = "auto"  # auto | xla | cudnn; transformer
+  config.attention_chunk = 512  # queries at a time; transformer
+  config.mlp_width = 0  # 0: 8/3 of the width; hawk, transformer
+  config.tie_embeddings = True
+  config.dtype = "float32"  # of the computation
+  config.param_dtype = "float32"
+  config.remat = False
+  config.scan_impl = "auto"  # gated_ssm, hawk
+  config.seq_axis = ""  # "seq" shards time over that mesh axis
+  return config
+
+
 def _optim() -> ConfigDict:
   """See `common.optim.make_optimizer`."""
   config = ConfigDict()
@@ -111,10 +131,11 @@ def _optim() -> ConfigDict:
   config.momentum = 0.9  # sgd
   config.nesterov = False  # sgd
   config.weight_decay = 0.1
-  # Regexes of parameters. The paper spares the forget gates from decay (A.8).
+  # Regexes of parameters. The paper spares the forget gates and the RG-LRU from
+  # decay (A.8).
   config.no_decay = (
-    r"(^|/)(scale|bias|\w+_bias|embedding)$",
-    r"(^|/)forget/kernel$",
+    r"(^|/)(scale|bias|\w+_bias|lambda|embedding)$",
+    r"(^|/)(forget|recurrence_gate|input_gate)/kernel$",
   )
   config.frozen = ()
   config.clip_norm = 1.0
@@ -153,7 +174,8 @@ def smoke(config: ConfigDict) -> None:
   config.num_steps = 12
   config.data.sequence_length = 128
   config.data.batch_size = 8
-  config.model.update({"width": 32, "state": 32, "layers": 2})
+  config.model.update({"width": 32, "state": 32, "heads": 2})
+  _deepen(config)
   config.controller.update(
     {"schedule": "4", "warmup_end": 4, "hidden": 16, "fit_steps": 20}
   )
@@ -181,7 +203,8 @@ def paper(config: ConfigDict) -> None:
   config.data.pack_rows = 5  # for 1, 2, 4, 8, 13, 26, 52 or 104 processes
   config.data.workers = 8
   config.mixture.grid = "paper"
-  config.model.update({"width": 2048, "state": 2560, "layers": 48})
+  config.model.update({"width": 2048, "state": 2560, "heads": 16})
+  _deepen(config)
   config.model.update(
     {"dtype": "bfloat16", "remat": True, "prefix_mode": "paper"}
   )
@@ -191,6 +214,7 @@ def paper(config: ConfigDict) -> None:
     {"schedule": "paper", "warmup_end": 250, "hidden": 256}
   )
   config.controller.update({"proposal": "uniform", "min_prob": 0.0})
+  config.loss.chunk = 256
   config.evaluation.batch_size = 520
   config.retrieval.update(
     {"every": 8000, "books": 1024, "entries": 50, "lookups": 4}
@@ -212,6 +236,36 @@ def causal(config: ConfigDict) -> None:
   config.model.bidirectional = "none"
 
 
+# Layers by width and model; the last as in table 7 of the paper, where all have
+# 1.3 B parameters.
+_DEPTHS = {
+  32: {"gated_ssm": 2, "hawk": 2, "transformer": 2},
+  192: {"gated_ssm": 6, "hawk": 2, "transformer": 3},
+  2048: {"gated_ssm": 48, "hawk": 20, "transformer": 24},
+}
+
+
+def _deepen(config: ConfigDict) -> None:
+  model = config.model
+  model.layers = _DEPTHS[model.width][model.name]
+  if model.name == "hawk" and model.width == 2048:
+    model.param_dtype = "bfloat16"  # A.11
+
+
+def hawk(config: ConfigDict) -> None:
+  """Hawk, with about as many parameters as the Gated SSM."""
+  config.model.name = "hawk"
+  _deepen(config)
+
+
+def transformer(config: ConfigDict) -> None:
+  """The Transformer, with about as many parameters; all layers see ahead."""
+  config.model.name = "transformer"
+  if config.model.bidirectional != "none":
+    config.model.bidirectional = "all"
+  _deepen(config)
+
+
 VARIANTS = {
   "smoke": smoke,
   "paper": paper,
@@ -220,4 +274,6 @@ VARIANTS = {
   "ul2_decoder": _fixed("ul2_decoder"),
   "ntp": _fixed("ntp"),
   "causal": causal,
+  "hawk": hawk,
+  "transformer": transformer,
 }

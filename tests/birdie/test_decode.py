@@ -8,20 +8,26 @@ import numpy as np
 import pytest
 
 from birdie import decode
-from birdie.models import RULES, GatedSSM
+from birdie.models import RULES, GatedSSM, Hawk, Transformer, init_params
 from common.parallel import make_mesh, shardings
 
 VOCAB = 32
 GEN = 1
 MODEL = GatedSSM(VOCAB, width=8, state=8, layers=2)
+MODELS = {
+  "gated_ssm": MODEL,
+  "hawk": Hawk(VOCAB, width=8, state=8, mlp_width=16, layers=2),
+  "transformer": Transformer(
+    VOCAB, width=8, heads=2, kv_heads=1, mlp_width=16, layers=2
+  ),
+}
 NEW = 6
 LENGTHS = (0, 3, 11, decode.BUCKET)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(model):
-  row = jnp.zeros((1, 4), jnp.int32)
-  return model.init(jax.random.key(0), row, row, row, row > 0)["params"]
+  return init_params(model, jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,8 @@ def prompts():
 @functools.partial(jax.jit, static_argnums=0)
 def _parallel(model, params, tokens, prefix):
   ones = jnp.ones_like(tokens)
-  return model.apply({"params": params}, tokens, ones, ones, prefix)
+  places = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+  return model.apply({"params": params}, tokens, ones, places, prefix)
 
 
 def parallel(model, params, prompts, continuations):
@@ -56,7 +63,9 @@ def parallel(model, params, prompts, continuations):
 
 
 def stepwise(model, params, prompts, continuations):
-  state = decode.prefill(model, params, *decode.pad_prompts(prompts, gen=GEN))
+  padded, lengths = decode.pad_prompts(prompts, gen=GEN)
+  capacity = padded.shape[1] + NEW
+  state = decode.prefill(model, params, padded, lengths, capacity=capacity)
   tokens = np.concatenate(
     [np.full((len(prompts), 1), GEN), continuations[:, :-1]], axis=1
   )
@@ -68,19 +77,27 @@ def stepwise(model, params, prompts, continuations):
 
 
 @pytest.mark.parametrize(
-  ("options", "tolerance"),
+  ("name", "options", "tolerance"),
   [
-    ({"bidirectional": "none"}, 1e-4),
-    ({"bidirectional": "alternate"}, 1e-4),
-    ({"bidirectional": "alternate", "prefix_mode": "paper"}, 1e-4),
-    ({"bidirectional": "all", "tie_embeddings": False}, 1e-4),
+    ("gated_ssm", {"bidirectional": "none"}, 1e-4),
+    ("gated_ssm", {}, 1e-4),
+    ("gated_ssm", {"prefix_mode": "paper"}, 1e-4),
+    ("gated_ssm", {"bidirectional": "all", "tie_embeddings": False}, 1e-4),
     # One unit in the last place of a bfloat16 near 2 is 2 ** -7.
-    ({"bidirectional": "alternate", "dtype": jnp.bfloat16}, 2e-2),
+    ("gated_ssm", {"dtype": jnp.bfloat16}, 2e-2),
+    ("hawk", {"bidirectional": "none", "reset_gamma": "one"}, 1e-4),
+    ("hawk", {"reset_gamma": "one", "gate_blocks": 2}, 1e-4),
+    ("hawk", {"prefix_mode": "paper", "bidirectional": "all"}, 1e-4),
+    ("hawk", {"dtype": jnp.bfloat16}, 2e-2),
+    ("transformer", {"bidirectional": "none"}, 1e-4),
+    ("transformer", {}, 1e-4),
+    ("transformer", {"bidirectional": "all", "attention_chunk": 16}, 1e-4),
+    ("transformer", {"dtype": jnp.bfloat16}, 2e-2),
   ],
   ids=str,
 )
-def test_steps_equal_the_parallel_form(prompts, options, tolerance):
-  model = MODEL.clone(**options)
+def test_steps_equal_the_parallel_form(prompts, name, options, tolerance):
+  model = MODELS[name].clone(**options)
   params = init(model)
   new = np.random.default_rng(1).integers(2, VOCAB, (len(prompts), NEW))
   steps, state = stepwise(model, params, prompts, new)
@@ -88,6 +105,26 @@ def test_steps_equal_the_parallel_form(prompts, options, tolerance):
   expected = parallel(model, params, prompts, new)
   np.testing.assert_allclose(steps, expected, atol=tolerance)
   np.testing.assert_array_equal(state.position, np.add(LENGTHS, NEW))
+
+
+@pytest.mark.parametrize(
+  ("name", "floats"),
+  [
+    # A causal layer's state, and half a bidirectional one's (the other half
+    # holds zeros, for one shape).
+    ("gated_ssm", 2 * 8),
+    # The same, and three inputs of every convolution.
+    ("hawk", 2 * 8 + 2 * 3 * 8),
+  ],
+)
+def test_the_bytes_of_a_state(name, floats):
+  for capacity in (1, 1 << 20):
+    assert decode.state_bytes(MODELS[name], capacity) == 4 * floats
+
+
+def test_the_bytes_of_a_cache():
+  # Keys and values of 100 tokens, one head of 4, in 2 layers.
+  assert decode.state_bytes(MODELS["transformer"], 100) == 4 * 2 * 100 * 4 * 2
 
 
 def test_the_state_does_not_grow(params):
@@ -164,6 +201,25 @@ def test_a_stop_token_ends_its_own_row_only(params, prompts, greedy):
     end = ends[0] if len(ends) else NEW
     np.testing.assert_array_equal(row, whole[:end])
   assert len(found[2]) <= 3
+
+
+def test_any_of_several_stop_tokens_ends_a_row(params, prompts, greedy):
+  stop = [int(greedy[2][3]), VOCAB - 1]
+  found = decode.generate(MODEL, params, prompts, stop=stop, **GENERATE)
+  for row, whole in zip(found, greedy):
+    ends = np.flatnonzero(np.isin(whole, stop))
+    np.testing.assert_array_equal(row, whole[: ends[0] if len(ends) else NEW])
+
+
+@pytest.mark.parametrize("name", ["hawk", "transformer"])
+def test_a_prompt_alone_is_the_prompt_among_others(prompts, name):
+  params = init(MODELS[name])
+  together = decode.generate(MODELS[name], params, prompts, **GENERATE)
+  for prompt, expected in zip(prompts, together):
+    (alone,) = decode.generate(MODELS[name], params, [prompt], **GENERATE)
+    np.testing.assert_array_equal(alone, expected)
+    streamed = decode.stream(MODELS[name], params, prompt, **GENERATE)
+    assert list(streamed) == alone.tolist()
 
 
 def test_a_prompt_does_not_see_its_neighbours(params, prompts, greedy):

@@ -11,7 +11,7 @@ from birdie import controller
 from birdie import data as data_lib
 from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
-from birdie.validation import Evaluator, Scores, apply_model, eval_batches
+from birdie.validation import Evaluator, Scores, eval_batches
 from common.config import flatten
 from common.data.text import TokenStore
 from common.data.tokenizers import ByteTokenizer
@@ -47,7 +47,10 @@ def params(setup):
 
 def token_losses(model, params, batch):
   """float64 [B, T]: -log p of the targets, and whether they come first."""
-  logits = np.asarray(apply_model(model, params, batch), np.float64)
+  rows = (
+    batch[key] for key in ("tokens", "segment_ids", "positions", "prefix")
+  )
+  logits = np.asarray(model.apply({"params": params}, *rows), np.float64)
   shifted = logits - logits.max(-1, keepdims=True)
   logs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
   targets = np.asarray(batch["targets"])
