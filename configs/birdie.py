@@ -133,9 +133,11 @@ def _optim() -> ConfigDict:
   config.weight_decay = 0.1
   # Regexes of parameters. The paper spares the forget gates and the RG-LRU from
   # decay (A.8).
+  # One pattern: the Transformer has nothing of the second kind, and a pattern
+  # that matches nothing is refused.
   config.no_decay = (
-    r"(^|/)(scale|bias|\w+_bias|lambda|embedding)$",
-    r"(^|/)(forget|recurrence_gate|input_gate)/kernel$",
+    r"(^|/)(scale|bias|\w+_bias|lambda|embedding)$"
+    r"|(^|/)(forget|recurrence_gate|input_gate)/kernel$",
   )
   config.frozen = ()
   config.clip_norm = 1.0
