@@ -104,7 +104,8 @@ class Squad(_FileTask):
   def _problem(self, item: Question) -> Problem:
     inputs = self.prefix(self.text(f"{item.context}\n\n{item.question}"))
     labels = np.append(self.text(item.answers[0]), np.int32(self.vocab.eos))
-    facts = {"length": len(inputs), "lookups": 1}
+    context = len(self.text(item.context))
+    facts = {"length": len(inputs), "context": context, "lookups": 1}
     return Problem(inputs, labels, facts, texts=item.answers)
 
   def max_new_tokens(self, problems: Sequence[Problem]) -> int:
@@ -117,8 +118,9 @@ class Squad(_FileTask):
 
   def from_context(self, problem: Problem) -> Scores:
     """The context's beginning, as long as an answer may be."""
+    count = min(problem.facts["context"], SQUAD_TOKENS)
     start = len(self.prefix())
-    return self.score(problem.inputs[start : start + SQUAD_TOKENS], problem)
+    return self.score(problem.inputs[start : start + count], problem)
 
 
 def score_text(answer: str, golds: Sequence[str]) -> Scores:
