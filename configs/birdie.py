@@ -243,7 +243,7 @@ def phonebook(config: ConfigDict) -> None:
 def phonebook_small(config: ConfigDict) -> None:
   """The same at a laptop's size: few tokens an entry, rows of 512.
 
-  A small model learns it from nothing, so the rate is not that of fine-tuning.
+  Small models take higher rates than the published one.
   """
   _fine_tuning(config, lr=1e-3)
   config.num_steps = 1000

@@ -152,6 +152,19 @@ def test_problems_fit_every_space_from_the_smallest_on(make, layout):
   assert short == NotEnough(task.smallest, "space")
 
 
+def test_tokens_may_be_words():
+  """Sizes are bounds then, too."""
+
+  def encode(text):
+    return [len(piece) for piece in re.findall(r"\w+|\W", text)]
+
+  settings = {"entries": (2, 60), "lookups": (1, 12)}
+  task = tasks.PhoneBook(vocab=extend(1000), encode=encode, **settings)
+  for i, space in enumerate([task.smallest, 200, 300, 600] * 8):
+    example = task.example(np_rng(0, "words", i), space)
+    assert len(example.inputs) + len(example.labels) <= space
+
+
 def test_a_guess_earns_what_chance_says():
   task = published()
   problem = task.problems(0, 1)[0]
