@@ -19,8 +19,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from birdie.mixture import draw
-from birdie.objectives import OBJECTIVES, Example, NotEnough
+from birdie.objectives import Example, NotEnough
 from birdie.presets import Configuration, smallest_size
+from birdie.problems import Task
 from common.errors import UserError
 from common.rngs import np_rng
 
@@ -42,6 +43,7 @@ _WINDOWS_PER_ROW = 64
 # Draws that found no text, after which a group ends as it is.
 _MAX_MISSES = 64
 _BLOCK = 64
+_NO_TEXT = np.zeros(0, np.int32)
 
 
 class Rows:
@@ -212,7 +214,7 @@ class Need:
 
   Attributes:
     space: places of its shortest sample.
-    text: tokens of text for it.
+    text: tokens of text for it; 0 where it takes none.
   """
 
   space: int
@@ -221,11 +223,13 @@ class Need:
 
 def smallest_need(configuration: Configuration) -> Need:
   """Asks the objective itself, with no space and with no text."""
-  fn, cfg = OBJECTIVES[configuration.objective], configuration.cfg
-  no_text = fn(np.zeros(0, np.int32), cfg, np_rng(0, "needs"), 1 << 20)
+  space = smallest_size(configuration)
+  if isinstance(configuration.cfg, Task):
+    return Need(space=space, text=0)
+  no_text = configuration.make(_NO_TEXT, np_rng(0, "needs"), 1 << 20)
   if isinstance(no_text, Example):
     raise ValueError(f"{configuration.name} makes a sample of nothing")
-  return Need(space=smallest_size(configuration), text=no_text.needed)
+  return Need(space=space, text=no_text.needed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +294,11 @@ class Packer:
     work.squeeze(homeless)
     work.fill(self.length // 12 if self.min_fill is None else self.min_fill)
     if not work.stats.samples.any():
+      if work.smallest_miss is None:
+        raise UserError(
+          f"no problem of the mixture's tasks fits a row of {self.length} "
+          "places: choose smaller problems or a larger data.sequence_length"
+        )
       raise UserError(
         f"no piece of text has {work.smallest_miss} tokens, the least that "
         "any configuration of the mixture needs: give longer documents or "
@@ -341,11 +350,11 @@ class _Group:
       pieces,
       start=group * packer.rows,
       limit=packer.max_windows or _WINDOWS_PER_ROW * packer.rows,
-      shortest=min(need.text for need in packer.needs),
+      shortest=min((n.text for n in packer.needs if n.text), default=1),
     )
     self.stats = PackStats.zeros(len(packer.configurations))
     self.stats.slots = packer.rows * packer.length
-    self.smallest_miss = 1 << 30
+    self.smallest_miss: int | None = None
     self._group = group
     self._choices = np_rng(packer.seed, f"{packer.stream}/choices", group)
     self._examples = Seekable(packer.seed, f"{packer.stream}/examples")
@@ -431,6 +440,10 @@ class _Group:
   def _make(self, config: int, space: int) -> _Sample | None:
     """A sample of the pool's first text that serves; None if none does."""
     need = self.packer.needs[config].text
+    if not need:
+      made = self._run(config, _NO_TEXT, space)
+      is_made = isinstance(made, Example)
+      return _Sample(config, made, _NO_TEXT) if is_made else None
     i = self.pool.find(need)
     while i is not None:
       made = self._run(config, self.pool[i], space)
@@ -443,16 +456,15 @@ class _Group:
       if made.needed > len(self.pool[i]) + 1:
         need = made.needed
       i = self.pool.find(need, i + 1)
-    self.smallest_miss = min(self.smallest_miss, need)
+    self.smallest_miss = min(self.smallest_miss or need, need)
     return None
 
   def _run(
     self, config: int, text: np.ndarray, space: int
   ) -> Example | NotEnough:
-    entry = self.packer.configurations[config]
     self._made += 1
     rng = self._examples(self._group, self._made)
-    return OBJECTIVES[entry.objective](text, entry.cfg, rng, space)
+    return self.packer.configurations[config].make(text, rng, space)
 
   def _drop(self, sample: _Sample) -> None:
     self.stats.dropped[sample.config] += 1

@@ -11,7 +11,9 @@ import numpy as np
 
 from birdie.controls import CONTROLS, ObjectiveConfig
 from birdie.mixture import class_uniform, normalized
-from birdie.objectives import OBJECTIVES, NotEnough
+from birdie.objectives import OBJECTIVES, NotEnough, Result
+from birdie.problems import Task, settings_of
+from birdie.tasks import TASKS
 from birdie.vocab import Vocabulary, as_ids
 from common.config import check_keys, did_you_mean
 from common.errors import UserError
@@ -30,17 +32,25 @@ class Configuration:
 
   Attributes:
     name: unique in its mixture.
-    objective: a key of `OBJECTIVES`.
+    objective: a key of `OBJECTIVES`, or of `TASKS`.
     cls: the class that rewards and reports average over.
-    cfg: the objective's controls.
+    cfg: the objective's controls, or the task.
     weight: of a fixed mixture, before normalization.
   """
 
   name: str
   objective: str
   cls: str
-  cfg: ObjectiveConfig
+  cfg: ObjectiveConfig | Task
   weight: float = 1.0
+
+  def make(
+    self, tokens: np.ndarray, rng: np.random.Generator, space: int
+  ) -> Result:
+    """An example of a text; see `birdie.objectives`. A task takes none."""
+    if isinstance(self.cfg, Task):
+      return self.cfg.example(rng, space)
+    return OBJECTIVES[self.objective](tokens, self.cfg, rng, space)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +129,7 @@ def preset(
 
 def smallest_size(configuration: Configuration) -> int:
   """Places of a configuration's shortest example, as its objective says."""
-  fn = OBJECTIVES[configuration.objective]
-  made = fn(np.zeros(0, np.int32), configuration.cfg, np_rng(0, "size"), 0)
+  made = configuration.make(np.zeros(0, np.int32), np_rng(0, "size"), 0)
   if not isinstance(made, NotEnough):
     raise ValueError(f"{configuration.name} makes an example of nothing")
   return made.needed
@@ -171,9 +180,10 @@ def make_configuration(
   """A configuration from a mapping.
 
   Args:
-    entry: `objective`; optional `name`, `cls` (default of both: the
-      objective), `weight`, and any control that the objective reads (see
-      `CONTROLS`). `paradigm` may be an id, ids, or a string.
+    entry: `objective`, which may be a task; optional `name`, `cls` (default of
+      both: the objective), `weight`, and any control that the objective reads
+      (see `CONTROLS`) or setting of the task. `paradigm` may be an id, ids, or
+      a string.
     vocab: special tokens; gives the paradigm where the entry names none.
     encode: tokenizes a string.
 
@@ -182,25 +192,41 @@ def make_configuration(
   """
   entry = dict(entry)
   objective = entry.pop("objective", None)
-  if objective not in OBJECTIVES:
+  known = _controls()
+  if objective not in known:
     raise UserError(
       f"mixture: objective {objective!r} is unknown"
-      f"{did_you_mean(str(objective), OBJECTIVES)}"
+      f"{did_you_mean(str(objective), known)}"
     )
   what = f"mixture entry {entry.get('name', objective)!r}"
   about = ("name", "cls", "weight")
-  check_keys(entry, (*about, *CONTROLS[objective]), what=what)
+  check_keys(entry, (*about, *known[objective]), what=what)
   name, cls = (str(entry.pop(key, objective)) for key in ("name", "cls"))
   weight = _weight(entry.pop("weight", 1.0), what)
-  paradigm = entry.pop("paradigm", vocab.paradigms[objective])
+  is_task = objective not in OBJECTIVES
+  announces = "prefix_language_modeling" if is_task else objective
+  paradigm = entry.pop("paradigm", vocab.paradigms[announces])
   entry["paradigm"] = _paradigm(paradigm, vocab, encode, what)
   try:
-    cfg = ObjectiveConfig(vocab=vocab, **entry)
+    if is_task:
+      cfg = TASKS[objective](vocab=vocab, encode=encode, **entry)
+    else:
+      cfg = ObjectiveConfig(vocab=vocab, **entry)
     made = Configuration(name, objective, cls, cfg, weight)
     smallest_size(made)  # refuses a bucket that can never be met
   except UserError as error:
     raise UserError(f"{what}: {error}") from None
   return made
+
+
+def _controls() -> dict[str, tuple[str, ...]]:
+  """The keys of every objective, and of tasks that one may train on."""
+  tasks = {
+    name: settings_of(task)
+    for name, task in TASKS.items()
+    if task.is_trainable and name not in CONTROLS
+  }
+  return CONTROLS | tasks
 
 
 def _weight(value: Any, what: str) -> float:

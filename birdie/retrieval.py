@@ -1,16 +1,19 @@
 """The retrieval evaluation of a run: phone books, answered by generation."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from birdie import decode, tasks
+from birdie.answering import answer, mean_scores
+from birdie.tasks import make_task
+from common.config import did_you_mean
+from common.errors import UserError
 from common.parallel import on_device, to_host
 from common.state import TrainState
 
 BOOK_SEED = 1 << 20  # the same books for every run
+TASKS = ("phone_book", "phone_book_compact")
 
 
 class RetrievalEvaluation:
@@ -23,44 +26,42 @@ class RetrievalEvaluation:
     cfg: `config.retrieval`.
     model: a module of `birdie.models`.
     corpus: tokenizer and vocabulary.
+
+  Raises:
+    UserError: for another task, no books, or sizes that do not fit.
   """
 
   def __init__(self, cfg: Any, model: Any, corpus: Any):
+    if cfg.task not in TASKS:
+      raise UserError(
+        f"retrieval.task={cfg.task!r}{did_you_mean(cfg.task, TASKS)}"
+      )
+    if cfg.books < 1:
+      raise UserError(f"retrieval.books={cfg.books} must be at least 1")
     # One device holds the model here: no mesh axis for time.
     self._model = model.clone(seq_axis=None)
     self._batch = cfg.batch_size
-    self._corpus = corpus
-    self._books = tasks.PhoneBooks(
-      corpus.tokenizer,
-      books=cfg.books,
-      entries=cfg.entries,
-      lookups=cfg.lookups,
-      seed=BOOK_SEED,
-      paradigm=corpus.vocab.paradigms["prefix_language_modeling"],
+    self._task = make_task(
+      cfg.task,
+      {"entries": cfg.entries, "lookups": cfg.lookups},
+      corpus.vocab,
+      tokenizer=corpus.tokenizer,
     )
+    self._books = self._task.problems(BOOK_SEED, cfg.books)
 
   def __call__(self, state: TrainState) -> dict[str, float]:
-    """Returns `retrieval/...` scalars."""
-    vocab = self._corpus.vocab
+    """Returns `retrieval/...` scalars; `chance` is of a guessed digit."""
     params = to_host(state.params)
     with on_device(jax.local_devices()[0]):
-      answer = functools.partial(
-        self._generate,
-        jax.tree.map(jnp.asarray, params),
-        gen=vocab.gen,
-        stop=vocab.eos,
-      )
-      scores = self._books.evaluate(answer)
-    return {f"retrieval/{name}": value for name, value in scores.items()}
-
-  def _generate(self, params, prompts, max_new_tokens, **settings):
-    answers = []
-    for start in range(0, len(prompts), self._batch):
-      answers += decode.generate(
+      answers = answer(
         self._model,
-        params,
-        prompts[start : start + self._batch],
-        max_new_tokens=max_new_tokens,
-        **settings,
+        jax.tree.map(jnp.asarray, params),
+        self._task,
+        self._books,
+        batch_size=self._batch,
       )
-    return answers
+    scores = mean_scores(
+      [self._task.score(*pair) for pair in zip(answers, self._books)]
+    )
+    scores["chance"] = self._task.guess(self._books[0])["digit_accuracy"]
+    return {f"retrieval/{name}": value for name, value in scores.items()}

@@ -52,9 +52,10 @@ def make_eval_batches(
 ) -> list[Batch]:
   """Fixed rows of held-out text for every configuration, training's format.
 
-  Each configuration has `rows_per_config` rows of its own. The rows of all of
-  them, one after the other, make batches of `batch_size` rows; padding rows
-  (segment 0, configuration -1) fill the last one up.
+  Each configuration has `rows_per_config` rows of its own; the problems of a
+  task come from evaluation's stream, so training never meets them. The rows of
+  all of them, one after the other, make batches of `batch_size` rows; padding
+  rows (segment 0, configuration -1) fill the last one up.
 
   Args:
     store: held-out text.
@@ -102,6 +103,8 @@ def _eval_rows(packer: Packer, config: int, pieces: Pieces) -> Batch:
       config, np.eye(len(packer.configurations))[config], pieces
     )[0]
   except UserError as error:
+    if not need.text:
+      raise UserError(f"{entry.name}: {error}") from error
     raise UserError(
       f"the held-out text is too short for {entry.name}, which needs "
       f"{need.text} tokens at once and {need.space} of the {packer.length} "

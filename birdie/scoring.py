@@ -1,0 +1,82 @@
+"""Log-likelihoods of continuations, in training's format."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from birdie.models import token_metrics
+from birdie.objectives import Example
+from birdie.packing import Rows
+from birdie.validation import apply_model
+
+PyTree = Any
+_LEAST = 64
+_KEYS = (
+  "tokens", "targets", "loss_weights", "segment_ids", "positions", "prefix",
+)  # fmt: skip
+
+
+def bucket_size(length: int) -> int:
+  """The least of few sizes that exceeds a length: a multiple of 64.
+
+  Sizes are 64 apart up to 1024, and from there at most an eighth: one compiled
+  program serves all lengths of a size.
+  """
+  step = max(_LEAST, 1 << max(length.bit_length() - 4, 0))
+  return (length // step + 1) * step
+
+
+def log_likelihoods(
+  model: Any,
+  params: PyTree,
+  prompts: Sequence[np.ndarray],
+  continuations: Sequence[np.ndarray],
+  *,
+  gen: int,
+  batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray]:
+  """How likely each prompt's continuation is.
+
+  Args:
+    model: a module of `birdie.models`.
+    params: its parameters.
+    prompts: N int arrays, of any lengths, empty ones too; read in both
+      directions, as in training.
+    continuations: N int arrays, none of them empty.
+    gen: the token between the two.
+    batch_size: rows at a time.
+
+  Returns:
+    Sums of natural logarithms, float64 [N], and tokens, int64 [N]. A sum is 0
+    at most; divide the two to compare continuations of unequal lengths.
+
+  Raises:
+    ValueError: for an empty continuation.
+  """
+  model = model.clone(seq_axis=None)
+  lengths = np.array([len(c) for c in continuations], np.int64)
+  totals = lengths + [len(prompt) for prompt in prompts]
+  by_size: dict[int, list[int]] = {}
+  for i in np.argsort(totals, kind="stable").tolist():
+    by_size.setdefault(bucket_size(int(totals[i])), []).append(i)
+  sums = np.zeros(len(lengths), np.float64)
+  for size, members in by_size.items():
+    for start in range(0, len(members), batch_size):
+      chosen = members[start : start + batch_size]
+      rows = Rows(batch_size, size, gen=gen)
+      for row, i in enumerate(chosen):
+        rows.place(row, Example(prompts[i], continuations[i], 0), 0)
+      batch = {key: rows.arrays[key] for key in _KEYS}
+      sums[chosen] = np.asarray(_sums(model, params, batch))[: len(chosen)]
+  return sums, lengths
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(model: Any, params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
+  logits = apply_model(model, params, batch)
+  loss, _ = token_metrics(logits, batch)
+  return -jnp.sum(loss * batch["loss_weights"], axis=-1)
