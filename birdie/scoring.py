@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from birdie.models import token_metrics
+from birdie.losses import batch_losses
 from birdie.objectives import Example
 from birdie.packing import Rows
-from birdie.validation import apply_model
 
 PyTree = Any
 _LEAST = 64
@@ -77,6 +76,5 @@ def log_likelihoods(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: Any, params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
-  logits = apply_model(model, params, batch)
-  loss, _ = token_metrics(logits, batch)
+  loss, _, _ = batch_losses(model, params, batch)
   return -jnp.sum(loss * batch["loss_weights"], axis=-1)

@@ -59,6 +59,7 @@ class AssociativeRecall(_Tokens):
     pairs: P.
     lookups: keys asked for; all of them if None.
     order: one of `ORDERS`.
+    keys, values: different ones there are; as many as the halves hold if None.
   """
 
   name: ClassVar[str] = "associative_recall"
@@ -67,10 +68,15 @@ class AssociativeRecall(_Tokens):
   pairs: Range = (4, 32)
   lookups: Range | None = None
   order: str = ORDERS[0]
+  keys: int | None = None
+  values: int | None = None
 
   def __post_init__(self):
     super().__post_init__()
-    self._check_range("pairs", 1, len(self._half(0)))
+    for name in ("keys", "values"):
+      if getattr(self, name) is not None:
+        self._check_count(name, 1, len(self.vocab.text) // 2)
+    self._check_range("pairs", 1, min(len(self._half(0)), len(self._half(1))))
     if self.lookups is not None:
       self._check_range("lookups", 1, self.pairs[1])
       self._check_at_most("lookups", "pairs")
@@ -79,7 +85,8 @@ class AssociativeRecall(_Tokens):
   def _half(self, which: int) -> np.ndarray:
     ids = np.array(self.vocab.text, np.int32)
     half = len(ids) // 2
-    return ids[which * half : (which + 1) * half]
+    count = (self.keys, self.values)[which] or half
+    return ids[which * half :][:count]
 
   def problem(self, rng: np.random.Generator, space: int):
     """See `Task`."""
