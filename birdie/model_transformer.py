@@ -119,10 +119,10 @@ class TransformerLayer(nn.Module):
       merged["value"],
       Visible(jnp.ones_like(limit), limit, jnp.zeros_like(prefix)),
       Visible(ones, places, never),
-      ahead=False,
-      impl="xla",
+      ahead=True,  # a limit may lie behind its query
+      # cuDNN wants even lengths, and one query gives it nothing to do.
+      impl="xla" if self.attention_impl == "cudnn" else self.attention_impl,
       chunk=self.attention_chunk,
-      seq_axis=None,
     )
 
 
@@ -152,7 +152,7 @@ class Transformer(LanguageModel, kw_only=True):
   mlp_width: int
   rope_base: float = 250_000.0
   attention_impl: str = "auto"
-  attention_chunk: int = 512
+  attention_chunk: int = 0
 
   def _layer(self):
     return TransformerLayer, {

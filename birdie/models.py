@@ -58,7 +58,7 @@ _CHOICES = {
 }
 _LEAST = {
   "width": 1, "layers": 1, "state": 1, "heads": 1, "kv_heads": 0,
-  "mlp_width": 0, "gate_blocks": 1, "attention_chunk": 1,
+  "mlp_width": 0, "gate_blocks": 1, "attention_chunk": 0,
 }  # fmt: skip
 # Settings that only some models read.
 _OWN = {

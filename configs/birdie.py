@@ -108,8 +108,8 @@ def _model() -> ConfigDict:
   config.heads = 6  # transformer
   config.kv_heads = 0  # 0: as many; transformer
   config.rope_base = 250_000.0  # transformer
-  config.attention_impl = "auto"  # auto | xla | cudnn; transformer
-  config.attention_chunk = 512  # queries at a time; transformer
+  config.attention_impl = "auto"  # auto | einsum | xla | cudnn; transformer
+  config.attention_chunk = 0  # queries at a time; 0: by device; transformer
   config.mlp_width = 0  # 0: 8/3 of the width; hawk, transformer
   config.tie_embeddings = True
   config.dtype = "float32"  # of the computation

@@ -211,6 +211,26 @@ def test_any_of_several_stop_tokens_ends_a_row(params, prompts, greedy):
     np.testing.assert_array_equal(row, whole[: ends[0] if len(ends) else NEW])
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prefix_that_fills_its_room_is_read_whole(name):
+  """Chunks of queries shorter than it, and no place behind it."""
+  model = MODELS[name].clone(bidirectional="all")
+  if name == "transformer":
+    model = model.clone(attention_chunk=4)
+  params = init(model)
+  tokens = np.random.default_rng(3).integers(2, VOCAB, (1, 8))
+  lengths = np.full(1, 8)
+  exact, roomy = (
+    decode.prefill(model, params, tokens, lengths, capacity=capacity).layers
+    for capacity in (8, 16)
+  )
+  if name == "transformer":
+    roomy = jax.tree.map(lambda cache: cache[:, :, :, :8], roomy)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), exact, roomy
+  )
+
+
 @pytest.mark.parametrize("name", ["hawk", "transformer"])
 def test_a_prompt_alone_is_the_prompt_among_others(prompts, name):
   params = init(MODELS[name])
