@@ -8,12 +8,37 @@ import numpy as np
 
 from birdie import decode
 
+_BEFORE = 8  # of a prompt's last tokens, which decide how the next are spelt
+
 
 def prompt_tokens(run: Any, text: str) -> np.ndarray:
   """A prompt as in prefix language modeling, int32 [n]; GEN follows it."""
-  announce = run.vocab.paradigms["prefix_language_modeling"]
-  tokens = np.concatenate([announce, run.tokenizer.encode(text)])
-  return tokens.astype(np.int32)
+  return announced(run, run.tokenizer.encode(text), begins=False)
+
+
+def announced(run: Any, tokens: np.ndarray, *, begins: bool) -> np.ndarray:
+  """Tokens behind those that announce what is to follow, int32.
+
+  Args:
+    run: a `birdie.run.Run`.
+    tokens: of the prefix.
+    begins: a text begins, as in next-token prediction; else it is continued,
+      as in prefix language modeling.
+  """
+  name = "next_token_prediction" if begins else "prefix_language_modeling"
+  parts = [run.vocab.paradigms[name], tokens]
+  return np.concatenate(parts).astype(np.int32)
+
+
+def text_after(
+  tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int]
+) -> str:
+  """What tokens say behind a prompt; a first space may depend on that."""
+  before = list(prompt[-_BEFORE:])
+  head, whole = (tokenizer.decode(ids) for ids in (before, [*before, *tokens]))
+  if whole.startswith(head):
+    return whole[len(head) :]
+  return tokenizer.decode(tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +113,7 @@ class Continuation:
 
 def continue_all(
   run: Any,
-  prompts: Sequence[str],
+  prompts: Sequence[np.ndarray],
   *,
   stops: Stops,
   max_new_tokens: int,
@@ -100,7 +125,7 @@ def continue_all(
 
   Args:
     run: a `birdie.run.Run`.
-    prompts: of any lengths, empty ones too.
+    prompts: int32 arrays of any lengths, such as `prompt_tokens` makes.
     stops: where continuations end.
     max_new_tokens: at most so many each.
     batch_size: how many are answered together; a last, smaller batch is filled
@@ -114,20 +139,22 @@ def continue_all(
   batch_size = min(batch_size, len(prompts))
   for start in range(0, len(prompts), batch_size):
     chosen = prompts[start : start + batch_size]
-    tokens = [prompt_tokens(run, text) for text in chosen]
     made = decode.generate(
       run.model,
       run.params,
-      tokens + tokens[:1] * (batch_size - len(tokens)),
+      [*chosen, *[chosen[0]] * (batch_size - len(chosen))],
       gen=run.vocab.gen,
       max_new_tokens=max_new_tokens,
       stop=stops.ids,
       seed=seed_of(seed, start // batch_size),
       **(settings or {}),
     )
+    texts = (
+      text_after(run.tokenizer, prompt.tolist(), row.tolist())
+      for prompt, row in zip(chosen, made)
+    )
     yield [
-      Continuation(stops.cut(run.tokenizer.decode(row)), len(row))
-      for row in made[: len(chosen)]
+      Continuation(stops.cut(text), len(row)) for text, row in zip(texts, made)
     ]
 
 
@@ -137,10 +164,7 @@ def seed_of(seed: int, number: int) -> int:
   return int(sequence.generate_state(1)[0])
 
 
-def capacity_of(run: Any, prompts: Sequence[str], max_new_tokens: int) -> int:
-  """Tokens that the longest prompt's state has room for."""
-  longest = max(prompts, key=lambda text: len(prompt_tokens(run, text)))
-  tokens, _ = decode.pad_prompts(
-    [prompt_tokens(run, longest)], gen=run.vocab.gen
-  )
+def capacity_of(prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
+  """Tokens that states have room for while prompts are continued."""
+  tokens, _ = decode.pad_prompts(prompts, gen=0)
   return tokens.shape[1] + max_new_tokens

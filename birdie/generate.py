@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from common import app
@@ -199,11 +199,12 @@ def _answer_file(
   meter: Meter,
 ) -> None:  # fmt: skip
   """Writes a line of JSON for every prompt, as batches are done."""
-  from birdie.continuations import capacity_of, continue_all
+  from birdie.continuations import capacity_of, continue_all, prompt_tokens
 
+  tokens = [prompt_tokens(run, prompt) for prompt in prompts]
   answers = continue_all(
     run,
-    prompts,
+    tokens,
     stops=stops,
     max_new_tokens=args.max_tokens,
     batch_size=args.batch_size,
@@ -213,16 +214,16 @@ def _answer_file(
   compiled = set()
   with _opened(args.out) as out:
     for start in range(0, len(prompts), args.batch_size):
-      chosen = prompts[start : start + args.batch_size]
-      capacity = capacity_of(run, chosen, args.max_tokens)
+      chosen = slice(start, start + args.batch_size)
+      capacity = capacity_of(tokens[chosen], args.max_tokens)
       began = time.monotonic()
       batch = next(answers)
-      tokens = sum(answer.tokens for answer in batch)
+      count = sum(answer.tokens for answer in batch)
       meter.capacity = max(meter.capacity, capacity)
       seconds = time.monotonic() - began
-      meter.add(tokens, seconds, compiled=capacity in compiled)
+      meter.add(count, seconds, compiled=capacity in compiled)
       compiled.add(capacity)
-      for prompt, answer in zip(chosen, batch):
+      for prompt, answer in zip(prompts[chosen], batch):
         line = {"prompt": prompt, "continuation": answer.text}
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
       out.flush()
@@ -268,25 +269,29 @@ def _show(
   from birdie import decode
   from birdie.continuations import capacity_of, prompt_tokens
 
-  tokens = decode.stream(
+  tokens = prompt_tokens(run, prompt)
+  capacity = capacity_of([tokens], args.max_tokens)
+  meter.capacity = max(meter.capacity, capacity)
+  made = decode.stream(
     run.model,
     run.params,
-    prompt_tokens(run, prompt),
+    tokens,
     gen=run.vocab.gen,
     max_new_tokens=args.max_tokens,
     stop=stops.ids,
     seed=seed,
     **_sampling(args),
   )
-  capacity = capacity_of(run, [prompt], args.max_tokens)
-  meter.capacity = max(meter.capacity, capacity)
-  for text in stops.until(decode_stream(run.tokenizer, meter.count(tokens))):
+  texts = decode_stream(run.tokenizer, meter.count(made), tokens.tolist())
+  for text in stops.until(texts):
     sys.stdout.write(text)
     sys.stdout.flush()
   sys.stdout.write("\n")
 
 
-def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def decode_stream(
+  tokenizer: Any, tokens: Iterable[int], prompt: Sequence[int] = ()
+) -> Iterator[str]:
   """Text as soon as it is certain: no half characters.
 
   What a token means may depend on those before it, so everything is decoded
@@ -295,14 +300,17 @@ def decode_stream(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
   Args:
     tokenizer: see `common.data.tokenizers`.
     tokens: as they come.
+    prompt: the tokens before them.
 
   Yields:
     Pieces that join to the text of all tokens.
   """
+  from birdie.continuations import text_after
+
   seen, shown, text = [], 0, ""
   for token in tokens:
     seen.append(token)
-    text = tokenizer.decode(seen)
+    text = text_after(tokenizer, prompt, seen)
     if not text.endswith("\N{REPLACEMENT CHARACTER}"):
       yield text[shown:]
       shown = len(text)

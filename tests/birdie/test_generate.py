@@ -200,8 +200,9 @@ def answers(run):
   stops = continuations.Stops.of(run)
   found = {}
   for prompt in PROMPTS:
+    tokens = continuations.prompt_tokens(run, prompt)
     ((made,),) = continuations.continue_all(
-      run, [prompt], stops=stops, max_new_tokens=8
+      run, [tokens], stops=stops, max_new_tokens=8
     )
     found[prompt] = made.text
   return found
@@ -278,7 +279,7 @@ def test_a_session_without_prompts_says_nothing(command, monkeypatch):
 def test_batches_have_draws_of_their_own(run):
   made = continuations.continue_all(
     run,
-    ["ab"] * 4,
+    [continuations.prompt_tokens(run, "ab")] * 4,
     stops=continuations.Stops.of(run),
     max_new_tokens=8,
     batch_size=2,
