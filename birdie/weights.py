@@ -44,13 +44,20 @@ _SAVED = "saved"
 _SHOWN_METRICS = ("eval/", "retrieval/", "mixture/")
 
 
-def save_model(folder: str | os.PathLike[str], run: Any, source: Any) -> None:
+def save_model(
+  folder: str | os.PathLike[str],
+  run: Any,
+  source: Any,
+  *,
+  extra: Mapping[str, bytes] | None = None,
+) -> None:
   """Writes a model's folder, whole or not at all, always the same bytes.
 
   Args:
     folder: a new or empty one.
     run: a `birdie.run.Run`, whose parameters are written as they are.
     source: the folder that it was read from.
+    extra: contents of more files by name.
 
   Raises:
     UserError: for a folder that is there already, or a missing library.
@@ -65,6 +72,8 @@ def save_model(folder: str | os.PathLike[str], run: Any, source: Any) -> None:
   made.mkdir(parents=True)
   try:
     _write(made, run, source)
+    for name, content in (extra or {}).items():
+      (made / name).write_bytes(content)
     if target.is_dir():
       target.rmdir()
     made.rename(target)
@@ -224,7 +233,16 @@ def read_params(folder: str | os.PathLike[str], model: Any) -> PyTree:
 
 def abstract_params(model: Any) -> PyTree:
   """Shapes and dtypes of a model's parameters."""
-  return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  made = plain(model)
+  return jax.eval_shape(lambda: init_params(made, jax.random.key(0)))
+
+
+def plain(model: Any) -> Any:
+  """The same model of plain operations, which any platform has."""
+  settings: dict[str, Any] = {"scan_impl": "associative", "remat": False}
+  if hasattr(model, "attention_impl"):
+    settings["attention_impl"] = "xla"
+  return model.clone(**settings)
 
 
 def check_params(
