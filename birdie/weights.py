@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import shutil
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 
 from birdie.card import card_of
 from birdie.models import DTYPES, init_params
@@ -67,8 +69,7 @@ def save_model(
   target = pathlib.Path(os.path.abspath(os.path.expanduser(folder)))
   if target.is_file() or (target.is_dir() and any(target.iterdir())):
     raise UserError(f"{os.fspath(folder)} is there already: name a new one")
-  made = target.with_name(f"{target.name}.new")
-  shutil.rmtree(made, ignore_errors=True)  # of a process that was killed
+  made = target.with_name(f".{target.name}.{os.getpid()}")
   made.mkdir(parents=True)
   try:
     _write(made, run, source)
@@ -128,8 +129,8 @@ def vocabulary_facts(vocab: Vocabulary) -> dict[str, Any]:
 
 
 def _read_facts(source: Any) -> dict[str, Any]:
-  file = pathlib.Path(source) / "facts.json"
-  found = files.read_json(file) if file.exists() else {}
+  file = epath.Path(source) / "facts.json"
+  found = json.loads(file.read_text()) if file.exists() else {}
   return {name: found[name] for name in _TEXT_FACTS if name in found}
 
 
@@ -141,7 +142,7 @@ def _last_metrics(
 
   if is_model(config):
     return [tuple(pair) for pair in config[_SAVED].metrics]
-  if not (pathlib.Path(source) / FILE_NAME).exists():
+  if not (epath.Path(source) / FILE_NAME).exists():
     return []
   found = {}
   for line in read_metrics(source):

@@ -134,6 +134,20 @@ def test_size_and_speed_are_told_at_the_end(command, run):
   assert 1 <= int(told[1]) <= 8
 
 
+class Words:
+  """Drops the space before its first token, as SentencePiece does."""
+
+  def decode(self, ids):
+    return " ".join("abcdefghij"[i] for i in ids)
+
+
+def test_the_space_before_a_continuation_is_kept():
+  assert continuations.text_after(Words(), [0, 1], [2, 3]) == " c d"
+  assert continuations.text_after(Words(), [], [2, 3]) == "c d"
+  pieces = generate.decode_stream(Words(), iter([2, 3]), [0, 1])
+  assert list(pieces) == [" c", " d", ""]
+
+
 # -- where continuations stop --------------------------------------------------
 
 
