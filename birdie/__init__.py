@@ -24,6 +24,7 @@ _EXPORTS = {
   "MixtureSchedule": "birdie.mixture",
   "reward": "birdie.controller",
   "load_run": "birdie.run",
+  "load_exported": "birdie.export",
 }
 __all__ = list(_EXPORTS)  # pyright: ignore[reportUnsupportedDunderAll]
 

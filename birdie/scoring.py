@@ -14,6 +14,7 @@ from birdie.packing import Rows
 
 PyTree = Any
 _LEAST = 64
+_CHUNK = 512  # places whose logits exist at a time
 _KEYS = (
   "tokens", "targets", "loss_weights", "segment_ids", "positions", "prefix",
 )  # fmt: skip
@@ -38,7 +39,23 @@ def log_likelihoods(
   gen: int,
   batch_size: int = 16,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """How likely each prompt's continuation is.
+  """How likely each prompt's continuation is; `score` without its flags."""
+  sums, lengths, _ = score(
+    model, params, prompts, continuations, gen=gen, batch_size=batch_size
+  )
+  return sums, lengths
+
+
+def score(
+  model: Any,
+  params: PyTree,
+  prompts: Sequence[np.ndarray],
+  continuations: Sequence[np.ndarray],
+  *,
+  gen: int,
+  batch_size: int = 16,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """How likely each prompt's continuation is, and whether it is the likeliest.
 
   Args:
     model: a module of `birdie.models`.
@@ -50,8 +67,9 @@ def log_likelihoods(
     batch_size: rows at a time.
 
   Returns:
-    Sums of natural logarithms, float64 [N], and tokens, int64 [N]. A sum is 0
-    at most; divide the two to compare continuations of unequal lengths.
+    Sums of natural logarithms, float64 [N], and tokens, int64 [N]: a sum is 0
+    at most; divide the two to compare continuations of unequal lengths. And
+    bool [N], whether every token is the model's first choice there.
 
   Raises:
     ValueError: for an empty continuation.
@@ -63,6 +81,7 @@ def log_likelihoods(
   for i in np.argsort(totals, kind="stable").tolist():
     by_size.setdefault(bucket_size(int(totals[i])), []).append(i)
   sums = np.zeros(len(lengths), np.float64)
+  misses = np.zeros(len(lengths), np.float64)
   for size, members in by_size.items():
     for start in range(0, len(members), batch_size):
       chosen = members[start : start + batch_size]
@@ -70,11 +89,16 @@ def log_likelihoods(
       for row, i in enumerate(chosen):
         rows.place(row, Example(prompts[i], continuations[i], 0), 0)
       batch = {key: rows.arrays[key] for key in _KEYS}
-      sums[chosen] = np.asarray(_sums(model, params, batch))[: len(chosen)]
-  return sums, lengths
+      found = np.asarray(_sums(model, params, batch))[:, : len(chosen)]
+      sums[chosen], misses[chosen] = found
+  return sums, lengths, misses == 0
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(model: Any, params: PyTree, batch: dict[str, jax.Array]) -> jax.Array:
-  loss, _, _ = batch_losses(model, params, batch)
-  return -jnp.sum(loss * batch["loss_weights"], axis=-1)
+  """Of each row the log-likelihood and the tokens missed, [2 b]."""
+  loss, correct, _ = batch_losses(model, params, batch, chunk=_CHUNK)
+  weights = batch["loss_weights"]
+  return jnp.stack(
+    [-jnp.sum(loss * weights, -1), jnp.sum((1 - correct) * weights, -1)]
+  )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from birdie import controller
+from birdie import controller, initial
 from birdie import data as data_lib
 from birdie.curriculum import Curriculum, CurriculumHook, EvaluationHook
 from birdie.losses import batch_losses
@@ -252,6 +252,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   """
   tokenizer = make_tokenizer(config.tokenizer)
   setup = make_setup(config, tokenizer)
+  create = initial.make_create(config, setup, tokenizer, workdir)
   corpus = data_lib.make_corpus(config, tokenizer)
   with contextlib.ExitStack() as stack:
     loader = stack.enter_context(
@@ -280,7 +281,7 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     )
     hooks = make_hooks(config, setup, folder, progress, evaluator, retrieval)
     stack.enter_context(hooks.preemption)
-    state = folder.resume(setup.create, setup.abstract, loader, hooks.host)
+    state = folder.resume(create, setup.abstract, loader, hooks.host)
     log.info(
       "%s",
       startup_report(setup.mesh, state, global_batch=config.data.batch_size),

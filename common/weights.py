@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from common import torch_files
@@ -47,16 +48,34 @@ def read_weights(path: str) -> dict[str, np.ndarray]:
   return {name.removeprefix("module."): w for name, w in weights.items()}
 
 
+# Its own table for NumPy lacks bfloat16.
+_DTYPES: dict[str, Any] = {
+  "F64": np.float64, "F32": np.float32, "F16": np.float16,
+  "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32,
+  "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32,
+  "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+
 def _read_safetensors(path: str) -> dict[str, np.ndarray]:
   try:
-    from safetensors import SafetensorError  # type: ignore
-    from safetensors.numpy import load_file  # type: ignore
+    from safetensors import SafetensorError, deserialize  # type: ignore
   except ImportError as error:
     raise UserError(f"{path} needs safetensors: {_SAFETENSORS}") from error
   try:
-    return load_file(path)
+    found = deserialize(pathlib.Path(path).read_bytes())
   except SafetensorError as error:
     raise UserError(f"{path} is no safetensors file: {error}") from error
+  weights = {}
+  for name, tensor in found:
+    if tensor["dtype"] not in _DTYPES:
+      raise UserError(
+        f"{path}: {name!r} has dtype {tensor['dtype']}, which is not read "
+        f"here; known: {', '.join(_DTYPES)}"
+      )
+    array = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]])
+    weights[name] = array.reshape(tensor["shape"])
+  return weights
 
 
 def _read_torch(path: str) -> dict[str, np.ndarray]:

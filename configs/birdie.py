@@ -29,6 +29,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.seed = 0
   config.num_steps = 400
   config.accum = 1  # micro-batches a step
+  # The folder of a run, or of a model that birdie.convert wrote, from whose
+  # parameters a new run begins; its model and tokenizer must be this one's.
+  config.init_from = ""
   config.compile_cache = "~/.cache/tetrad/xla"  # "" switches it off
 
   # Devices along each axis; -1 takes what is left.
