@@ -16,7 +16,12 @@ import numpy as np
 
 from birdie.mixture import Mixture, MixtureSchedule, normalized
 from birdie.packing import KEYS, Need, Packer, PackStats
-from birdie.presets import Configuration, make_mixture, preset
+from birdie.presets import (
+  Configuration,
+  make_mixture,
+  preset,
+  with_shares,
+)
 from birdie.vocab import Vocabulary, byte_vocabulary, extend
 from common.data.loader import FetchPlan, Loader, process_share
 from common.data.sources import text_source
@@ -126,9 +131,12 @@ def make_configurations(
       grid=config.mixture.grid,
       paradigm_append_prob=config.mixture.paradigm_append_prob,
     )
+  probs = made.probs
+  if config.mixture.shares:
+    probs = with_shares(config.mixture.shares, made.configurations)
   return tuple(
     dataclasses.replace(entry, weight=float(p))
-    for entry, p in zip(made.configurations, made.probs)
+    for entry, p in zip(made.configurations, probs)
   )
 
 

@@ -171,6 +171,37 @@ def make_mixture(
   return Preset(made, normalized([c.weight for c in made]))
 
 
+def with_shares(
+  shares: str, configurations: Sequence[Configuration]
+) -> np.ndarray:
+  """A mixture that gives classes the shares of a text.
+
+  Args:
+    shares: as `copying=4, infilling=1`: by class, before normalization; a class
+      that is not named gets 0. Configurations of a class share evenly.
+    configurations: the K entries.
+
+  Returns:
+    float32 [K].
+
+  Raises:
+    UserError: for an unknown class, or a share that is no number from 0.
+  """
+  classes = [c.cls for c in configurations]
+  found = dict.fromkeys(classes, 0.0)
+  for part in shares.split(","):
+    name, equals, value = (text.strip() for text in part.partition("="))
+    if name not in found:
+      raise UserError(f"mixture.shares: {name!r}{did_you_mean(name, found)}")
+    try:
+      found[name] = _weight(float(value), f"mixture.shares: {name}")
+    except ValueError:
+      raise UserError(
+        f"mixture.shares: {name}{equals}{value!r} needs a number"
+      ) from None
+  return normalized([found[c] / classes.count(c) for c in classes])
+
+
 def make_configuration(
   entry: Mapping[str, Any],
   vocab: Vocabulary,

@@ -80,7 +80,8 @@ def check_settings(cfg: Any, least: Mapping[str, int]) -> list[str]:
 
   Args:
     cfg: `config.compare`: `systems`, names between commas; `settings` of every
-      system there is; `baseline`, one of them; and numbers.
+      system there is; `baseline`, one of them, where there is such a thing; and
+      numbers.
     least: the smallest value of each number.
 
   Raises:
@@ -95,7 +96,7 @@ def check_settings(cfg: Any, least: Mapping[str, int]) -> list[str]:
   names = system_names(cfg.systems)
   if not names:
     raise UserError("compare.systems is empty: name at least one")
-  if cfg.baseline not in cfg.settings:
+  if "baseline" in cfg and cfg.baseline not in cfg.settings:
     hint = did_you_mean(cfg.baseline, cfg.settings)
     raise UserError(f"compare.baseline={cfg.baseline!r}{hint}")
   for name in names:

@@ -4,6 +4,7 @@ Variants, to be combined with commas (`configs/birdie.py:smoke,uniform`):
 
   (none)      Python's own documentation, byte tokens; minutes on a laptop
   smoke       the same code path in less than a minute
+  small       little of everything, to compare mixtures: see `birdie.compare`
   paper       the published settings: 1.3 B parameters, 2048 x 520 tokens
   uniform     all objectives, the mixture held fixed
   ul2         UL2's seven denoisers, fixed
@@ -64,6 +65,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.mixture.preset = "birdie"
   config.mixture.grid = "small"  # small | paper: which configurations
   config.mixture.paradigm_append_prob = 0.5
+  # Classes' shares of a mixture in the preset's place, such as "copying=4,
+  # infilling=1"; the others get none. A controller begins with them.
+  config.mixture.shares = ""
   # A mixture of your own in the preset's place: dicts with `objective`, which
   # may be a task, and as you like `name`, `cls`, `weight` and the objective's
   # controls. See birdie/README.md; it can only be set in a file like this one.
@@ -88,6 +92,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.retrieval.entries = 8
   config.retrieval.lookups = 2
   config.retrieval.batch_size = 16  # books that are answered together
+
+  config.compare = _compare()
 
   config.log = ConfigDict({"every": 10, "tensorboard": False})
   config.checkpoint = ConfigDict({"every": 50, "keep": 2, "keep_best": True})
@@ -175,6 +181,73 @@ def _controller() -> ConfigDict:
   config.explore_start = 0.5
   config.explore_floor = 0.2
   return config
+
+
+def _compare() -> ConfigDict:
+  """What `python -m birdie.compare` runs."""
+  config = ConfigDict()
+  config.systems = (
+    "none, ntp, ul2, uniform, searched, birdie, none_causal, ntp_causal, "
+    "ul2_causal, uniform_causal, searched_causal, birdie_causal"
+  )
+  config.seeds = 3
+  config.first_seed = 0
+  config.keep_checkpoints = False
+  config.train = True  # before the fine-tuning
+  # What all go on with, and are asked for.
+  config.finetune = ConfigDict()
+  config.finetune.num_steps = 1000
+  config.finetune.task = ConfigDict(
+    {"name": "associative_recall", "pairs": 8, "lookups": (1, 4), "keys": 16,
+     "values": 16}
+  )  # fmt: skip
+  config.finetune.data = ConfigDict({"sequence_length": 128, "batch_size": 16})
+  config.finetune.optim = ConfigDict(
+    {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 0.0}
+  )
+  config.lookups = (1, 2, 3, 4)
+  config.problems = 512  # asked for each number of look-ups
+  config.batch_size = 64  # of them at a time
+  # What makes each system of the configuration: `key=value`, `key*=number`.
+  fixed = "controller.enabled=false"
+  systems = {
+    "none": ("compare.train=false",),
+    "ntp": ("mixture.preset=ntp", fixed),
+    "ul2": ("mixture.preset=ul2", fixed),
+    "uniform": ("mixture.preset=birdie_uniform", fixed),
+    "birdie": (),
+  }
+  # Half of everything to one class: what a search for a fixed mixture tries.
+  for name in _CLASSES:
+    shares = [f"{c}={7 if c == name else 1}" for c in _CLASSES]
+    systems[f"half_{name}"] = (f"mixture.shares={','.join(shares)}", fixed)
+  # Its winner; see benchmarks/results/birdie_small.md.
+  systems["searched"] = systems["half_copying"]
+  causal = "model.bidirectional=none"
+  config.settings = ConfigDict(
+    systems
+    | {f"{name}_causal": (*own, causal) for name, own in systems.items()}
+  )
+  return config
+
+
+_CLASSES = (
+  "next_token_prediction", "prefix_language_modeling", "infilling",
+  "autoencoding", "autoencoding_with_deshuffling", "copying", "deshuffling",
+  "selective_copying",
+)  # fmt: skip
+
+
+def small(config: ConfigDict) -> None:
+  """A small model and little text, for comparisons: see `birdie.compare`."""
+  config.num_steps = 600
+  config.data.update({"sequence_length": 256, "batch_size": 16})
+  config.model.update({"width": 64, "state": 128, "layers": 4})
+  config.controller.update({"schedule": "30", "warmup_end": 30})
+  config.evaluation.rows = 1
+  config.retrieval.every = 0
+  config.log.every = 25
+  config.checkpoint.update({"every": 300, "keep": 1, "keep_best": False})
 
 
 def smoke(config: ConfigDict) -> None:
@@ -330,6 +403,7 @@ def _fine_tuning(config: ConfigDict, *, lr: float) -> None:
 
 VARIANTS = {
   "smoke": smoke,
+  "small": small,
   "paper": paper,
   "uniform": _fixed("birdie_uniform"),
   "ul2": _fixed("ul2"),
