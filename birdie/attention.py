@@ -16,6 +16,7 @@ import einops
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 IMPLEMENTATIONS = ("auto", "einsum", "xla", "cudnn")
@@ -97,9 +98,7 @@ def attend(
   chunk = chunk or (128 if on_cpu else 1024)
   length = query.shape[1]
   parts = -(-length // chunk)
-  # Chunks are computed again in the backward pass, so that the scores of one
-  # are all that is ever held.
-  one = jax.checkpoint(functools.partial(_attend_chunk, ahead=ahead, form=form))
+  one = functools.partial(form, ahead=ahead)
   if parts == 1:
     return one((query, queries), (key, value, keys))
   same = query.shape[1] == key.shape[1]
@@ -121,15 +120,8 @@ def attend(
   return _joined(out)[:, :length]
 
 
-def _attend_chunk(
-  asking: tuple[Array, Visible],
-  asked: tuple[Array, Array, Visible],
-  *,
-  ahead: bool,
-  form: Callable[..., Array],
-) -> Array:
-  query, queries = asking
-  key, value, keys = asked
+def _mask(queries: Visible, keys: Visible, ahead: bool) -> Array:
+  """Who sees whom, bool [b t s]."""
 
   def pair(compare, a: Array, b: Array) -> Array:
     return compare(a[:, :, None], b[:, None, :])
@@ -137,12 +129,11 @@ def _attend_chunk(
   sees = pair(jnp.greater_equal, queries.positions, keys.positions)
   if ahead:
     sees |= pair(jnp.logical_and, queries.prefix, keys.prefix)
-  sees &= pair(jnp.equal, queries.segments, keys.segments)
-  return form(query, key, value, sees[:, None])
+  return sees & pair(jnp.equal, queries.segments, keys.segments)
 
 
 def _form(impl: str, query: Array) -> Callable[..., Array]:
-  """(query, key, value, mask [b 1 t s]) -> [b t h e]."""
+  """((query, its places), (key, value, their places), ahead=) -> [b t h e]."""
   if impl == "auto":
     size = query.shape[-1]
     fits = query.dtype in (jnp.bfloat16, jnp.float16)
@@ -152,26 +143,113 @@ def _form(impl: str, query: Array) -> Callable[..., Array]:
     impl = "einsum" if platform == "cpu" else impl
   if impl == "einsum":
     return _einsums
-  library: Any = jax.nn.dot_product_attention
-  return lambda query, key, value, mask: library(
-    query, key, value, mask=mask, implementation=impl
-  )
+
+  def library(asking, asked, *, ahead: bool) -> Array:
+    attention: Any = jax.nn.dot_product_attention
+    (query, queries), (key, value, keys) = asking, asked
+    mask = _mask(queries, keys, ahead)[:, None]
+    return attention(query, key, value, mask=mask, implementation=impl)
+
+  # Computed again in the backward pass, so that the scores of one chunk are all
+  # that is ever held.
+  return lambda *places, ahead: jax.checkpoint(
+    functools.partial(library, ahead=ahead)
+  )(*places)
 
 
-def _einsums(query: Array, key: Array, value: Array, mask: Array) -> Array:
-  """Heads in front: XLA's products on a CPU want batch dimensions there."""
-  batch, length, heads, size = query.shape
+def _einsums(asking, asked, *, ahead: bool) -> Array:
+  """As a CPU likes it: one batch dimension, in front."""
+  (query, queries), (key, value, keys) = asking, asked
   groups = key.shape[2]
-  query = query.reshape(batch, length, groups, heads // groups, size)
-  scaled = einops.rearrange(query, "b t g r e -> b g r t e") * size**-0.5
-  key, value = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-  scores = jnp.einsum(
-    "bgrte,bgse->bgrts", scaled, key, preferred_element_type=jnp.float32
+  scaled = query * query.shape[-1] ** -0.5
+  scaled = einops.rearrange(scaled, "b t (g r) e -> (b g) (r t) e", g=groups)
+  key, value = (
+    einops.rearrange(x, "b s g e -> (b g) s e") for x in (key, value)
   )
-  scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-  out = jnp.einsum("bgrts,bgse->bgrte", weights, value)
-  return einops.rearrange(out, "b g r t e -> b t (g r) e")
+  out = _weighted(ahead, scaled, key, value, queries, keys)
+  out = einops.rearrange(
+    out, "(b g) (r t) e -> b t (g r) e", g=groups, t=query.shape[1]
+  )
+  return out.astype(value.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _weighted(
+  ahead: bool,
+  query: Array,
+  key: Array,
+  value: Array,
+  queries: Visible,
+  keys: Visible,
+) -> Array:
+  """softmax(query key^T) value, among those that see each other.
+
+  Of the scores nothing is kept but the logs of their sums, from which the
+  backward pass makes the weights again ("FlashAttention", arXiv 2205.14135).
+
+  Args:
+    ahead: see `attend`.
+    query: [n q e], scaled; n is b g, and q the queries of all heads of a group.
+    key: [n s e].
+    value: the same.
+    queries: of the queries, [b t].
+    keys: of the keys, [b s].
+
+  Returns:
+    [n q e] float32.
+  """
+  return _weigh(ahead, query, key, value, queries, keys)[0]
+
+
+def _product(form: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(form, a, b, preferred_element_type=jnp.float32)
+
+
+def _scores(ahead, query, key, queries, keys) -> Array:
+  """[n q s] float32, lowest where nothing is seen."""
+  scores = _product("nqe,nse->nqs", query, key)
+  sees = _mask(queries, keys, ahead)
+  batch, *places = sees.shape
+  by_row = scores.reshape(batch, -1, *places)
+  lowest = jnp.finfo(jnp.float32).min
+  return jnp.where(sees[:, None], by_row, lowest).reshape(scores.shape)
+
+
+def _weigh(ahead, query, key, value, queries, keys) -> tuple[Array, Array]:
+  scores = _scores(ahead, query, key, queries, keys)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  weights = weights.astype(value.dtype)
+  out = _product("nqs,nse->nqe", weights, value)
+  return out / total, top + jnp.log(total)
+
+
+def _weigh_forward(ahead, query, key, value, queries, keys):
+  out, log_total = (
+    checkpoint_name(kept, "attention")
+    for kept in _weigh(ahead, query, key, value, queries, keys)
+  )
+  return out, (query, key, value, queries, keys, out, log_total)
+
+
+def _weigh_backward(ahead, kept, g):
+  query, key, value, queries, keys, out, log_total = kept
+  weights = jnp.exp(_scores(ahead, query, key, queries, keys) - log_total)
+  low = g.astype(value.dtype)
+  slopes = _product("nqe,nse->nqs", low, value)
+  slopes = weights * (slopes - jnp.sum(g * out, axis=-1, keepdims=True))
+  weights, slopes = (x.astype(value.dtype) for x in (weights, slopes))
+  back = (
+    _product("nqs,nse->nqe", slopes, key),
+    # Sums over queries are faster with the keys last.
+    jnp.swapaxes(_product("nqe,nqs->nes", query, slopes), 1, 2),
+    jnp.swapaxes(_product("nqe,nqs->nes", low, weights), 1, 2),
+  )
+  return *(x.astype(value.dtype) for x in back), None, None
+
+
+_weighted.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _between(tree: Any, start: int, stop: int) -> Any:

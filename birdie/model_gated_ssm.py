@@ -23,8 +23,8 @@ from birdie.model_parts import (
   Array,
   Context,
   LanguageModel,
+  Projection,
   RMSNorm,
-  fan_in,
   recur,
 )
 
@@ -60,16 +60,10 @@ class GatedSSMLayer(nn.Module):
     Returns:
       [b t d], and the state after the last token, where there was one.
     """
-    half = (2, self.state // 2)
+    half, flat = (2, self.state // 2), self.seq_axis is None
 
     def project(name: str) -> Array:
-      return nn.DenseGeneral(
-        half,
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=fan_in(self.width),
-        name=name,
-      )(normed)
+      return Projection(half, self.dtype, flat=flat, name=name)(normed)
 
     normed = RMSNorm(self.dtype, name="norm")(x)
     logits = project("forget").astype(jnp.float32) + self._forget_logits(half)
@@ -84,15 +78,8 @@ class GatedSSMLayer(nn.Module):
       scan_impl=self.scan_impl,
       seq_axis=self.seq_axis,
     )
-    y = nn.DenseGeneral(
-      self.width,
-      axis=(-2, -1),
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=fan_in(self.state),
-      name="out",
-    )(out_gate * h.astype(self.dtype))
-    return x + y, last
+    out = Projection((self.width,), self.dtype, axes=2, flat=flat, name="out")
+    return x + out(out_gate * h.astype(self.dtype)), last
 
   def _forget_logits(self, half: tuple[int, int]) -> Array:
     # Each half gets the whole range.

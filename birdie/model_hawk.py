@@ -26,6 +26,7 @@ from birdie.model_parts import (
   Context,
   GatedMLP,
   LanguageModel,
+  Projection,
   PyTree,
   RMSNorm,
   fan_in,
@@ -190,34 +191,28 @@ class HawkLayer(nn.Module):
     Returns:
       [b t d], and the state after the last token, where there was one.
     """
-    half = (2, self.state // 2)
+    half, flat = (2, self.state // 2), self.seq_axis is None
     normed = RMSNorm(self.dtype, name="norm")(x)
 
     def project(name: str) -> Array:
-      return nn.DenseGeneral(
-        half,
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=fan_in(self.width),
-        name=name,
-      )(normed)
+      return Projection(half, self.dtype, flat=flat, name=name)(normed)
 
     side = jax.nn.gelu(project("side"))
     u, conv = _Conv(self.dtype, name="conv")(
       project("input"), context, state and state["conv"]
     )
     h, last = self._recurrence(u, context, state and state["recurrence"])
-    x += nn.DenseGeneral(
-      self.width,
-      axis=(-2, -1),
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=fan_in(self.state, self.out_variance),
+    x += Projection(
+      (self.width,),
+      self.dtype,
+      axes=2,
+      flat=flat,
+      variance=self.out_variance,
       name="out",
     )(side * h.astype(self.dtype))
     normed = RMSNorm(self.dtype, name="mlp_norm")(x)
     x += GatedMLP(
-      self.width, self.mlp_width, self.dtype, self.out_variance, name="mlp"
+      self.mlp_width, self.dtype, flat, self.out_variance, name="mlp"
     )(normed)
     return x, state and {"conv": conv, "recurrence": last}
 

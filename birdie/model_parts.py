@@ -7,6 +7,7 @@ them: a bidirectional layer and a causal one, or one layer of either kind.
 """
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -109,28 +110,56 @@ def fan_in(size: int, variance: float = 1.0) -> Any:
   return nn.initializers.normal((variance / size) ** 0.5)
 
 
+class Projection(nn.Module):
+  """A linear map without bias, of the last axes to others.
+
+  Attributes:
+    features: the axes it makes.
+    axes: how many of the last axes it takes.
+    flat: take the leading axes as one: XLA multiplies matrices faster than
+      batches of them on a CPU. Not where two of them are cut over a mesh.
+    variance: of the initial kernel, times how many numbers go into one.
+  """
+
+  features: tuple[int, ...]
+  dtype: Any
+  axes: int = 1
+  flat: bool = True
+  variance: float = 1.0
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    lead, inner = x.shape[: -self.axes], x.shape[-self.axes :]
+    init = fan_in(math.prod(inner), self.variance)
+    kernel = self.param("kernel", init, (*inner, *self.features))
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    if self.flat:
+      x = x.reshape(-1, *inner)
+    y = jnp.tensordot(x, kernel, self.axes)
+    return y.reshape(*lead, *self.features)
+
+
 class GatedMLP(nn.Module):
   """(gelu(x W_gate) * (x W_up)) W_down (section 2.1)."""
 
-  width: int
   hidden: int
   dtype: Any
+  flat: bool = True
   out_variance: float = 1.0
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    def project(x: Array, size: int, name: str, variance: float = 1.0):
-      return nn.Dense(
-        size,
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=fan_in(x.shape[-1], variance),
-        name=name,
-      )(x)
+    def project(name: str) -> Array:
+      features = (self.hidden,)
+      return Projection(features, self.dtype, flat=self.flat, name=name)(x)
 
-    gate = jax.nn.gelu(project(x, self.hidden, "gate"))
-    inner = gate * project(x, self.hidden, "up")
-    return project(inner, self.width, "down", self.out_variance)
+    return Projection(
+      x.shape[-1:],
+      self.dtype,
+      flat=self.flat,
+      variance=self.out_variance,
+      name="down",
+    )(jax.nn.gelu(project("gate")) * project("up"))
 
 
 def recur(
@@ -185,6 +214,12 @@ def recur(
   return jnp.stack(h, axis=2), state
 
 
+_KEPT = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_saveable,
+  jax.checkpoint_policies.save_only_these_names("linear_scan", "attention"),
+)
+
+
 class _Block(nn.Module):
   """The layers that repeat: one, or a bidirectional and a causal one."""
 
@@ -237,7 +272,9 @@ class LanguageModel(nn.Module):
     tie_embeddings: logits through the embedding; scaled by d ** -0.5.
     dtype: of the computation. Recurrences and logits are float32.
     param_dtype: of the parameters, as `birdie.models.init_params` makes them.
-    remat: recompute a block in the backward pass.
+    remat: what a block's backward pass computes again: "none", "dots" (all but
+      products of matrices, recurrences and attention: on a CPU faster than to
+      keep it) or "full".
     scan_impl: see `linear_scan`.
     seq_axis: mesh axis that time is sharded over.
   """
@@ -250,7 +287,7 @@ class LanguageModel(nn.Module):
   tie_embeddings: bool = True
   dtype: Any = jnp.float32
   param_dtype: Any = jnp.float32
-  remat: bool = False
+  remat: str = "dots"
   scan_impl: str = "auto"
   seq_axis: str | None = None
 
@@ -361,7 +398,10 @@ class LanguageModel(nn.Module):
     return params["head"]["kernel"]
 
   def _stack(self):
-    block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+    block: Any = _Block
+    if self.remat != "none":
+      kept = _KEPT if self.remat == "dots" else None
+      block = nn.remat(_Block, prevent_cse=False, policy=kept)
     layer, settings = self._layer()
     settings |= {
       "width": self.width,

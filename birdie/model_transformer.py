@@ -20,9 +20,9 @@ from birdie.model_parts import (
   Context,
   GatedMLP,
   LanguageModel,
+  Projection,
   PyTree,
   RMSNorm,
-  fan_in,
 )
 
 
@@ -54,16 +54,11 @@ class TransformerLayer(nn.Module):
       [b t d], and the keys and values of these tokens, [b t g e], where there
       is a cache.
     """
-    size = self.width // self.heads
+    size, flat = self.width // self.heads, self.seq_axis is None
 
     def project(heads: int, name: str) -> Array:
-      return nn.DenseGeneral(
-        (heads, size),
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=fan_in(self.width),
-        name=name,
-      )(normed)
+      features = (heads, size)
+      return Projection(features, self.dtype, flat=flat, name=name)(normed)
 
     normed = RMSNorm(self.dtype, name="norm")(x)
     turn = rotated(context.positions, size, base=self.rope_base)
@@ -71,16 +66,11 @@ class TransformerLayer(nn.Module):
     key = turn(project(self.kv_heads, "key"))
     value = project(self.kv_heads, "value")
     mixed = self._attention(query, key, value, context, cache)
-    x += nn.DenseGeneral(
-      self.width,
-      axis=(-2, -1),
-      use_bias=False,
-      dtype=self.dtype,
-      kernel_init=fan_in(self.width),
-      name="attention_out",
+    x += Projection(
+      (self.width,), self.dtype, axes=2, flat=flat, name="attention_out"
     )(mixed)
     normed = RMSNorm(self.dtype, name="mlp_norm")(x)
-    x += GatedMLP(self.width, self.mlp_width, self.dtype, name="mlp")(normed)
+    x += GatedMLP(self.mlp_width, self.dtype, flat, name="mlp")(normed)
     return x, cache and {"key": key, "value": value}
 
   def _attention(self, query, key, value, context: Context, cache):

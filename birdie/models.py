@@ -54,6 +54,7 @@ _CHOICES = {
   "param_dtype": DTYPES,
   "scan_impl": SCANS,
   "attention_impl": ATTENTIONS,
+  "remat": ("none", "dots", "full"),
   "seq_axis": ("", "seq"),  # none, or the axis that batches are cut along
 }
 _LEAST = {

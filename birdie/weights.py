@@ -240,7 +240,7 @@ def abstract_params(model: Any) -> PyTree:
 
 def plain(model: Any) -> Any:
   """The same model of plain operations, which any platform has."""
-  settings: dict[str, Any] = {"scan_impl": "associative", "remat": False}
+  settings: dict[str, Any] = {"scan_impl": "associative", "remat": "none"}
   if hasattr(model, "attention_impl"):
     settings["attention_impl"] = "xla"
   return model.clone(**settings)

@@ -114,7 +114,7 @@ def _model() -> ConfigDict:
   config.forget_bias = "fixed"  # learned | fixed | none; gated_ssm
   config.gate_blocks = 1  # 1: dense gates; k: block-diagonal ones; hawk
   config.reset_gamma = "keep"  # keep | one, where a segment starts; hawk
-  config.heads = 6  # transformer
+  config.heads = 3  # transformer
   config.kv_heads = 0  # 0: as many; transformer
   config.rope_base = 250_000.0  # transformer
   config.attention_impl = "auto"  # auto | einsum | xla | cudnn; transformer
@@ -123,7 +123,7 @@ def _model() -> ConfigDict:
   config.tie_embeddings = True
   config.dtype = "float32"  # of the computation
   config.param_dtype = "float32"
-  config.remat = False
+  config.remat = "dots"  # none | dots | full: what is computed again
   config.scan_impl = "auto"  # gated_ssm, hawk
   config.seq_axis = ""  # "seq" shards time over that mesh axis
   return config
@@ -287,7 +287,7 @@ def paper(config: ConfigDict) -> None:
   config.model.update({"width": 2048, "state": 2560, "heads": 16})
   _deepen(config)
   config.model.update(
-    {"dtype": "bfloat16", "remat": True, "prefix_mode": "paper"}
+    {"dtype": "bfloat16", "remat": "full", "prefix_mode": "paper"}
   )
   config.optim.lr = 1e-3
   config.optim.warmup_steps = 320

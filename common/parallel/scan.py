@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
 from common.parallel import scan_dispatch, scan_sharded
@@ -255,9 +256,22 @@ def _scan_fwd(
     h, last, saved = _first_order(functools.partial(_forward, form), form)(
       x, a, h0, reset
     )
-    return (h, last), saved
+    h = _named(h)
+    if saved.h is not None:
+      saved = saved._replace(h=h)
+    starts, decays = jax.tree.map(_named, (saved.starts, saved.decays))
+    return (h, last), saved._replace(starts=starts, decays=decays)
   h, last = _scan(form, x, a, h0, reset)  # has a derivative of its own
+  h = _named(h)
   return (h, last), Saved(a, reset, None, h, h0)
+
+
+def _named(kept: Array) -> Array:
+  """A name for policies of `jax.checkpoint`: with it nothing is scanned again.
+
+  See `jax.checkpoint_policies.save_only_these_names`.
+  """
+  return checkpoint_name(kept, "linear_scan")
 
 
 def _scan_bwd(

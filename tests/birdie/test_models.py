@@ -245,10 +245,11 @@ def expected(batch):
 @pytest.mark.parametrize(
   ("name", "option", "chunk"),
   [
-    ("gated_ssm", {"remat": True, "scan_impl": "chunked"}, 0),
+    ("gated_ssm", {"remat": "full", "scan_impl": "chunked"}, 0),
     ("gated_ssm", {"scan_impl": "associative"}, 7),
-    ("hawk", {"remat": True, "scan_impl": "associative"}, 7),
-    ("transformer", {"remat": True, "attention_chunk": 10}, 7),
+    ("gated_ssm", {"remat": "none"}, 0),
+    ("hawk", {"remat": "full", "scan_impl": "associative"}, 7),
+    ("transformer", {"remat": "full", "attention_chunk": 10}, 7),
   ],
   ids=str,
 )
@@ -469,6 +470,7 @@ def test_a_causal_transformer(order):
     ("gated_ssm", {"param_dtype": "float64"}, "bfloat16"),
     ("gated_ssm", {"scan_impl": "seqential"}, "sequential"),
     ("gated_ssm", {"seq_axis": "time"}, "seq"),
+    ("gated_ssm", {"remat": "all"}, "full"),
     ("gated_ssm", {"width": 0}, "at least 1"),
     ("gated_ssm", {"layers": -2}, "at least 1"),
     ("gated_ssm", {"state": 7}, "must be even"),
