@@ -194,11 +194,12 @@ def with_shares(
     if name not in found:
       raise UserError(f"mixture.shares: {name!r}{did_you_mean(name, found)}")
     try:
-      found[name] = _weight(float(value), f"mixture.shares: {name}")
+      number = float(value)
     except ValueError:
       raise UserError(
         f"mixture.shares: {name}{equals}{value!r} needs a number"
       ) from None
+    found[name] = _weight(number, f"mixture.shares: {name}")
   return normalized([found[c] / classes.count(c) for c in classes])
 
 

@@ -278,6 +278,22 @@ def test_bfloat16_computes_low_and_keeps_high(batch, name):
 
 
 @EVERY
+def test_what_is_dear_is_not_computed_again(name):
+  """Products of matrices, recurrences and attention, where all else is."""
+  count = {}
+  for remat in ("none", "dots", "full"):
+    model = MODELS[name].clone(remat=remat, scan_impl="sequential")
+    params = jax.eval_shape(lambda model=model: init(model))
+    row = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    batch = row, row, row, jax.ShapeDtypeStruct((1, 8), bool)
+    text = str(step.trace(model, params, batch).jaxpr)
+    count[remat] = np.array([text.count("dot_general["), text.count("scan[")])
+  assert (count["dots"] <= count["none"]).all()
+  recurs = [True, name != "transformer"]
+  assert (count["dots"] < count["full"])[recurs].all()
+
+
+@EVERY
 def test_depth_adds_nothing_to_the_program(name):
   """Layers are scanned: the program of 4 blocks is that of 2."""
 
