@@ -96,8 +96,8 @@ class Stopped(BaseException):
   """Ends a run between two steps, past everything that handles errors."""
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
-def test_stopped_after_any_step(config, straight, tmp_path, step, monkeypatch):
+def stop_and_go_on(config, workdir, step, monkeypatch):
+  """Ends a run after a step, and starts it again."""
   from birdie import train as train_lib
 
   real_train = train_lib.train
@@ -112,10 +112,27 @@ def test_stopped_after_any_step(config, straight, tmp_path, step, monkeypatch):
 
   monkeypatch.setattr(train_lib, "train", train)
   with pytest.raises(Stopped):
-    train_lib.train_and_evaluate(config, str(tmp_path))
+    train_lib.train_and_evaluate(config, str(workdir))
   monkeypatch.setattr(train_lib, "train", real_train)
-  train_lib.train_and_evaluate(config, str(tmp_path))
+  train_lib.train_and_evaluate(config, str(workdir))
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_stopped_after_any_step(config, straight, tmp_path, step, monkeypatch):
+  stop_and_go_on(config, tmp_path, step, monkeypatch)
   assert_same_run(straight, tmp_path)
+
+
+def test_hawk_goes_on_from_the_middle_of_its_history(
+  config, tmp_path, monkeypatch
+):
+  from birdie.train import train_and_evaluate
+
+  changed = config.copy_and_resolve_references()
+  changed.model.name = "hawk"
+  train_and_evaluate(changed, str(tmp_path / "straight"))
+  stop_and_go_on(changed, tmp_path / "stopped", 3, monkeypatch)
+  assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_a_finished_run_changes_nothing(config, straight):
