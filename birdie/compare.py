@@ -25,7 +25,7 @@ from common.comparison import (
 
 log = logging.getLogger(__name__)
 EXAMPLE = "python -m birdie.compare --config=configs/birdie.py:small --seeds=3"
-QUESTIONS = 1 << 21  # the seed of the questions, the same for all
+QUESTIONS = 1 << 21  # from here the seeds of the questions, the same for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +155,11 @@ def make_jobs(config: Any) -> list[Job]:
     UserError: for no seed, no system or an unknown one, or an impossible task.
   """
   cfg = config.compare
-  least = {"seeds": 1, "first_seed": 0, "problems": 1}
+  least = {
+    "seeds": 1, "first_seed": 0, "problems": 1, "questions": 0, "batch_size": 1,
+  }  # fmt: skip
   names = check_settings(cfg, least)
+  _check_task(config)
   jobs = []
   for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds):
     for name in names:
@@ -166,6 +169,34 @@ def make_jobs(config: Any) -> list[Job]:
         Job(name, seed, first if first.compare.train else None, second)
       )
   return jobs
+
+
+def _check_task(config: Any) -> None:
+  """Refuses what would fail after hours of training."""
+  from birdie import train
+  from birdie.data import make_vocabulary
+  from common.data.tokenizers import make_tokenizer
+  from common.errors import UserError
+
+  if not config.compare.lookups:
+    raise UserError("compare.lookups is empty: name at least one number")
+  tokenizer = make_tokenizer(config.tokenizer)
+  _tasks(config, make_vocabulary(tokenizer), tokenizer)
+  train.make_setup(finetuning(config), tokenizer)
+
+
+def _tasks(config: Any, vocab: Any, tokenizer: Any) -> dict[int, Any]:
+  """The task that is asked for, by look-ups."""
+  from birdie.tasks import make_task
+
+  settings = dict(config.compare.finetune.task)
+  name = settings.pop("name")
+  return {
+    lookups: make_task(
+      name, settings | {"lookups": lookups}, vocab, tokenizer=tokenizer
+    )
+    for lookups in config.compare.lookups
+  }
 
 
 def finetuning(config: Any) -> Any:
@@ -255,24 +286,18 @@ def answer(config: Any, run: Any) -> tuple[dict[str, float], dict[str, float]]:
     run: the model; see `birdie.run`.
   """
   from birdie import answering, evaluation
-  from birdie.tasks import make_task
 
   cfg = config.compare
-  settings = dict(cfg.finetune.task)
-  name = settings.pop("name")
   scores: dict[str, float] = {}
   baselines: dict[str, float] = {}
-  for lookups in cfg.lookups:
-    task = make_task(
-      name, settings | {"lookups": lookups}, run.vocab, tokenizer=run.tokenizer
-    )
+  for lookups, task in _tasks(config, run.vocab, run.tokenizer).items():
     records = evaluation.evaluate(
       task,
       lambda task, problems: answering.answer(
         run.model, run.params, task, problems, batch_size=cfg.batch_size
       ),
       problems=cfg.problems,
-      seed=QUESTIONS,
+      seed=QUESTIONS + cfg.questions,
     )
     metric = task.metrics[0]
     found = evaluation.summary(records, task.metrics)["metrics"][metric]

@@ -105,7 +105,8 @@ def decode_step(
     token: int32 [b].
 
   Returns:
-    Logits float32 [b v] of the token that follows, and the new state.
+    Logits float32 [b v] of the token that follows, and the new state. Where a
+    Transformer has no more room (`capacity` of `prefill`) the logits are NaN.
   """
   ones = jnp.ones((token.shape[0], 1), jnp.int32)
   logits, layers = _unsharded(model).apply(
@@ -116,7 +117,11 @@ def decode_step(
     ones == 0,
     decode_state=state.layers,
   )
-  return logits[:, 0], DecodeState(layers, state.position + 1)
+  logits = logits[:, 0]
+  room = model.room(state.layers)
+  if room is not None:
+    logits = jnp.where(state.position[:, None] < room, logits, jnp.nan)
+  return logits, DecodeState(layers, state.position + 1)
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))

@@ -251,6 +251,7 @@ def _objectives(run: Any, corpus: Any, batch_size: int) -> dict[str, Any]:
     batches,
     num_configs=len(made),
     sharding=batch_sharding(mesh),
+    chunk=run.config.loss.chunk,
   )(run.params)
   columns = (scores.losses, scores.accuracies, scores.tokens)
   return {

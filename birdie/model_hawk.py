@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from birdie.model_parts import (
   Array,
@@ -124,7 +125,8 @@ class _Gate(nn.Module):
     kernel = self.param("kernel", fan_in(size), shape).astype(self.dtype)
     bias = self.param("bias", nn.initializers.zeros, half)
     inner = u.reshape(*u.shape[:3], *shape[1 : 3 if self.blocks > 1 else 2])
-    y = jnp.einsum(form, inner, kernel).reshape(u.shape)
+    y = checkpoint_name(jnp.einsum(form, inner, kernel), "gate")
+    y = y.reshape(u.shape)
     return jax.nn.sigmoid(y.astype(jnp.float32) + bias[None, None])
 
 

@@ -215,8 +215,11 @@ def recur(
 
 
 _KEPT = jax.checkpoint_policies.save_from_both_policies(
-  jax.checkpoint_policies.dots_saveable,
-  jax.checkpoint_policies.save_only_these_names("linear_scan", "attention"),
+  # Attention's products, of batches, would be scores of time by time.
+  jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  jax.checkpoint_policies.save_only_these_names(
+    "linear_scan", "attention", "gate"
+  ),
 )
 
 
@@ -314,6 +317,11 @@ class LanguageModel(nn.Module):
       A tree of arrays [blocks, kinds, b, ...].
     """
     raise NotImplementedError
+
+  def room(self, state: PyTree) -> int | None:
+    """How many tokens a decode state has place for; None: any number."""
+    del state
+    return None
 
   def _kept(self, state: PyTree, new: PyTree, context: Context) -> PyTree:
     """The decode state after what the layers have returned."""

@@ -110,8 +110,7 @@ class TransformerLayer(nn.Module):
       Visible(jnp.ones_like(limit), limit, jnp.zeros_like(prefix)),
       Visible(ones, places, never),
       ahead=True,  # a limit may lie behind its query
-      # cuDNN wants even lengths, and one query gives it nothing to do.
-      impl="xla" if self.attention_impl == "cudnn" else self.attention_impl,
+      impl=self.attention_impl,
       chunk=self.attention_chunk,
     )
 
@@ -165,6 +164,10 @@ class Transformer(LanguageModel, kw_only=True):
       self.width // self.heads,
     )
     return {name: jnp.zeros(shape, self.dtype) for name in ("key", "value")}
+
+  def room(self, state: PyTree) -> int:
+    """How many tokens there is place for."""
+    return state["key"].shape[3]
 
   def _kept(self, state, new, context: Context):
     # The layers return their own tokens alone: a cache that went through the

@@ -117,7 +117,7 @@ def _model() -> ConfigDict:
   config.heads = 3  # transformer
   config.kv_heads = 0  # 0: as many; transformer
   config.rope_base = 250_000.0  # transformer
-  config.attention_impl = "auto"  # auto | einsum | xla | cudnn; transformer
+  config.attention_impl = "auto"  # auto | einsum | xla; transformer
   config.attention_chunk = 0  # queries at a time; 0: by device; transformer
   config.mlp_width = 0  # 0: 8/3 of the width; hawk, transformer
   config.tie_embeddings = True
@@ -187,8 +187,8 @@ def _compare() -> ConfigDict:
   """What `python -m birdie.compare` runs."""
   config = ConfigDict()
   config.systems = (
-    "none, ntp, ul2, uniform, searched, birdie, none_causal, ntp_causal, "
-    "ul2_causal, uniform_causal, searched_causal, birdie_causal"
+    "none, ntp, ul2, uniform, birdie, none_causal, ntp_causal, ul2_causal, "
+    "uniform_causal, birdie_causal"
   )
   config.seeds = 3
   config.first_seed = 0
@@ -207,6 +207,7 @@ def _compare() -> ConfigDict:
   )
   config.lookups = (1, 2, 3, 4)
   config.problems = 512  # asked for each number of look-ups
+  config.questions = 0  # their seed; a search for a mixture takes another
   config.batch_size = 64  # of them at a time
   # What makes each system of the configuration: `key=value`, `key*=number`.
   fixed = "controller.enabled=false"
@@ -221,8 +222,6 @@ def _compare() -> ConfigDict:
   for name in _CLASSES:
     shares = [f"{c}={7 if c == name else 1}" for c in _CLASSES]
     systems[f"half_{name}"] = (f"mixture.shares={','.join(shares)}", fixed)
-  # Its winner; see benchmarks/results/birdie_small.md.
-  systems["searched"] = systems["half_copying"]
   causal = "model.bidirectional=none"
   config.settings = ConfigDict(
     systems
@@ -242,7 +241,8 @@ def small(config: ConfigDict) -> None:
   """A small model and little text, for comparisons: see `birdie.compare`."""
   config.num_steps = 600
   config.data.update({"sequence_length": 256, "batch_size": 16})
-  config.model.update({"width": 64, "state": 128, "layers": 4})
+  config.model.update({"width": 64, "state": 128, "heads": 2})
+  _deepen(config)
   config.controller.update({"schedule": "30", "warmup_end": 30})
   config.evaluation.rows = 1
   config.retrieval.every = 0
@@ -321,6 +321,7 @@ def causal(config: ConfigDict) -> None:
 # 1.3 B parameters.
 _DEPTHS = {
   32: {"gated_ssm": 2, "hawk": 2, "transformer": 2},
+  64: {"gated_ssm": 4, "hawk": 2, "transformer": 2},
   192: {"gated_ssm": 6, "hawk": 2, "transformer": 3},
   2048: {"gated_ssm": 48, "hawk": 20, "transformer": 24},
 }
@@ -356,8 +357,9 @@ def phonebook(config: ConfigDict) -> None:
   """
   _fine_tuning(config, lr=5e-5)
   config.num_steps = 1000
-  config.data.sequence_length = 16_384
-  config.data.batch_size = 64
+  config.data.update(
+    {"sequence_length": 16_384, "batch_size": 64, "pack_rows": 4}
+  )
   config.mixture.entries = (
     {
       "objective": "phone_book",

@@ -63,6 +63,11 @@ def test_a_fine_tuning_is_the_task_alone(config):
     ({"systems": ""}, "name at least one"),
     ({"seeds": 0}, "at least 1"),
     ({"problems": 0}, "at least 1"),
+    ({"batch_size": 0}, "at least 1"),
+    ({"lookups": ()}, "is empty"),
+    ({"lookups": (1, 9)}, "lookups=9"),
+    ({"finetune": {"task": {"name": "associative_recal"}}}, "recall"),
+    ({"finetune": {"task": {"keys": 3}}}, "pairs=4"),
   ],
   ids=str,
 )

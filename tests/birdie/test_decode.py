@@ -211,6 +211,21 @@ def test_any_of_several_stop_tokens_ends_a_row(params, prompts, greedy):
     np.testing.assert_array_equal(row, whole[: ends[0] if len(ends) else NEW])
 
 
+def test_a_cache_without_room_is_not_silent():
+  model = MODELS["transformer"]
+  params = init(model)
+  tokens = jnp.full((2, 4), 5)
+  state = decode.prefill(model, params, tokens, jnp.array([4, 2]), capacity=5)
+  finite = []
+  for _ in range(4):
+    logits, state = decode.decode_step(model, params, state, tokens[:, 0])
+    finite.append(np.isfinite(logits).all(-1))
+  # One place behind the first prompt, three behind the second.
+  np.testing.assert_array_equal(
+    np.transpose(finite), [[1, 0, 0, 0], [1, 1, 1, 0]]
+  )
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_prefix_that_fills_its_room_is_read_whole(name):
   """Chunks of queries shorter than it, and no place behind it."""

@@ -23,7 +23,7 @@ LENGTH, NEW = 16, 4
 MODELS = {
   "gated_ssm": {"scan_impl": "triton", "prefix_mode": "paper"},
   "hawk": {"dtype": "bfloat16", "param_dtype": "bfloat16"},
-  "transformer": {"attention_impl": "cudnn", "kv_heads": 1},
+  "transformer": {"kv_heads": 1},
 }
 KERNELS = ("triton", "mosaic", "cudnn", "tpu_custom_call")
 
