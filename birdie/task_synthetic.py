@@ -59,7 +59,8 @@ class AssociativeRecall(_Tokens):
     pairs: P.
     lookups: keys asked for; all of them if None.
     order: one of `ORDERS`.
-    keys, values: different ones there are; as many as the halves hold if None.
+    key_alphabet, value_alphabet: how many different ones there are; as many as
+      the halves hold if None.
   """
 
   name: ClassVar[str] = "associative_recall"
@@ -68,12 +69,12 @@ class AssociativeRecall(_Tokens):
   pairs: Range = (4, 32)
   lookups: Range | None = None
   order: str = ORDERS[0]
-  keys: int | None = None
-  values: int | None = None
+  key_alphabet: int | None = None
+  value_alphabet: int | None = None
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ("keys", "values"):
+    for name in ("key_alphabet", "value_alphabet"):
       if getattr(self, name) is not None:
         self._check_count(name, 1, len(self.vocab.text) // 2)
     self._check_range("pairs", 1, min(len(self._half(0)), len(self._half(1))))
@@ -85,7 +86,7 @@ class AssociativeRecall(_Tokens):
   def _half(self, which: int) -> np.ndarray:
     ids = np.array(self.vocab.text, np.int32)
     half = len(ids) // 2
-    count = (self.keys, self.values)[which] or half
+    count = (self.key_alphabet, self.value_alphabet)[which] or half
     return ids[which * half :][:count]
 
   def problem(self, rng: np.random.Generator, space: int):

@@ -196,10 +196,10 @@ def _compare() -> ConfigDict:
   config.train = True  # before the fine-tuning
   # What all go on with, and are asked for.
   config.finetune = ConfigDict()
-  config.finetune.num_steps = 800
+  config.finetune.num_steps = 500
   config.finetune.task = ConfigDict(
-    {"name": "associative_recall", "pairs": 4, "lookups": (1, 4), "keys": 16,
-     "values": 16}
+    {"name": "associative_recall", "pairs": 6, "lookups": (1, 4),
+     "key_alphabet": 8, "value_alphabet": 8}
   )  # fmt: skip
   config.finetune.data = ConfigDict({"sequence_length": 128, "batch_size": 16})
   config.finetune.optim = ConfigDict(

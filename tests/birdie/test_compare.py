@@ -67,7 +67,7 @@ def test_a_fine_tuning_is_the_task_alone(config):
     ({"lookups": ()}, "is empty"),
     ({"lookups": (1, 9)}, "lookups=9"),
     ({"finetune": {"task": {"name": "associative_recal"}}}, "recall"),
-    ({"finetune": {"task": {"keys": 3}}}, "pairs=4"),
+    ({"finetune": {"task": {"key_alphabet": 3}}}, "pairs=6"),
   ],
   ids=str,
 )
@@ -202,7 +202,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
   path = compare.compare(config, str(tmp_path))
   result = json.loads((tmp_path / "runs/none/seed0/result.json").read_text())
   assert set(result["scores"]) == {"answers", "answers/1", "answers/2"}
-  assert result["baselines"]["answers/2"] == pytest.approx(1 / 4)
+  assert result["baselines"]["answers/2"] == pytest.approx(1 / 6)
   assert not (tmp_path / "runs/none/seed0/finetune/checkpoints").exists()
   page = pathlib.Path(path).read_text()
 
