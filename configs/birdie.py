@@ -196,7 +196,7 @@ def _compare() -> ConfigDict:
   config.train = True  # before the fine-tuning
   # What all go on with, and are asked for.
   config.finetune = ConfigDict()
-  config.finetune.num_steps = 500
+  config.finetune.num_steps = 1000
   config.finetune.task = ConfigDict(
     {"name": "associative_recall", "pairs": 6, "lookups": (1, 4),
      "key_alphabet": 8, "value_alphabet": 8}
