@@ -43,7 +43,9 @@ def evaluate(
   constant = majority(task, seed)
   records = []
   for problem, tokens in zip(made, answer(task, made), strict=True):
-    often = {} if constant is None else task.score(constant, problem)
+    often = task.frequent(problem)
+    if constant is not None:
+      often = task.score(constant, problem)
     baselines = (task.guess(problem), often, task.from_context(problem))
     records.append(
       Record(

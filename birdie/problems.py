@@ -97,6 +97,10 @@ class Task:
     """What is expected of an answer drawn from all that might be one."""
     return {}
 
+  def frequent(self, problem: Problem) -> Scores:
+    """What the most frequent answer scores, where nothing is trained on."""
+    return {}
+
   def from_context(self, problem: Problem) -> Scores:
     """The same of an answer of the right form drawn from the context."""
     return {}

@@ -89,6 +89,24 @@ def test_scores_take_the_best_answer(answer, contains, f1, exact):
   assert score_text(answer, golds) == pytest.approx(expected)
 
 
+def test_the_majority_is_of_the_other_questions(write):
+  other = {"question": "Which?", "answers": gold("the dog")}
+  task = make("squad", write(squad(WHERE, OLD, other, OLD)))
+  of = {p.texts[0]: task.frequent(p) for p in task.problems(0, 9)}
+  # "The dog" is the answer of two, and the words of a third.
+  assert of["the mat"]["f1"] == 0
+  assert of["The dog"] == {"contains_label": 1, "f1": 1, "exact_match": 1}
+  assert of["the dog"] == {"contains_label": 0, "f1": 1, "exact_match": 1}
+  alone = make("squad", write(squad(WHERE)))
+  assert alone.frequent(alone.problems(0, 1)[0]) == {}
+
+
+def test_lengths_are_of_the_context(write):
+  task = make("squad", write(squad(WHERE)))
+  (problem,) = task.problems(0, 1)
+  assert problem.facts["length"] == len("The dog sat on the mat.")
+
+
 def test_problems_come_in_the_order_of_the_seed(write):
   asked = [WHERE | {"question": f"Q{i}?"} for i in range(30)]
   task = make("squad", write(squad(*asked)))
@@ -187,6 +205,15 @@ def test_a_wrong_line_is_named(write, wrong, message):
 def test_files_that_hold_no_stories(write, content, message):
   with pytest.raises(UserError, match=message):
     make("story_infilling", write(content)).problems(0, 1)
+
+
+def test_the_majority_of_stories_is_a_place(write):
+  answers = (2, 0, 2)
+  task = make(
+    "story_infilling", write(lines(*(STORY | {"answer": a} for a in answers)))
+  )
+  found = [task.frequent(p)["accuracy"] for p in task.problems(0, 3)]
+  assert sorted(found) == [0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["squad", "story_infilling"])
