@@ -136,7 +136,7 @@ def continue_all(
   Yields:
     The continuations of a batch.
   """
-  batch_size = min(batch_size, len(prompts))
+  batch_size = max(min(batch_size, len(prompts)), 1)
   for start in range(0, len(prompts), batch_size):
     chosen = prompts[start : start + batch_size]
     made = decode.generate(
@@ -160,7 +160,7 @@ def continue_all(
 
 def seed_of(seed: int, number: int) -> int:
   """A seed for one of several draws."""
-  sequence = np.random.SeedSequence([seed % 2**63, number])
+  sequence = np.random.SeedSequence([seed, number])
   return int(sequence.generate_state(1)[0])
 
 

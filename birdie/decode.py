@@ -147,7 +147,9 @@ def sample(
   """
   if temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  logits = logits / temperature
+  # The best stays 0, however low the temperature.
+  best = jnp.max(logits, axis=-1, keepdims=True)
+  logits = (logits - best) / temperature
   if 0 < top_k < logits.shape[-1]:
     kth = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)

@@ -86,6 +86,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   if not 0 <= args.temperature < math.inf:
     parser.error(f"--temperature={args.temperature} must be a number from 0")
+  if not 0 <= args.seed < 2**63:
+    parser.error(f"--seed={args.seed} must be from 0 to 2**63 - 1")
   if args.top_k < 0:
     parser.error(f"--top_k={args.top_k} must be at least 0")
   if not 0 < args.top_p <= 1:

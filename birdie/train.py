@@ -199,7 +199,7 @@ def check_counts(config: Any) -> None:
   """Raises `UserError` for the first setting below its least value."""
   flat = flatten(config)
   for key, least in _LEAST.items():
-    if flat[key] < least:
+    if not flat[key] >= least:  # NaN neither
       raise UserError(f"{key}={flat[key]} must be at least {least}")
 
 

@@ -318,6 +318,7 @@ DRAWS = 4096
   ("settings", "expected"),
   [
     ({"temperature": 0.0}, (0, 1, 0, 0)),
+    ({"temperature": 1e-30}, (0, 1, 0, 0)),
     ({"temperature": 1.0}, PROBS),
     # p ** 2, normalized.
     (

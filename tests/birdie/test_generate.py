@@ -309,6 +309,8 @@ def test_batches_have_draws_of_their_own(run):
     ("--max_tokens=0", "--max_tokens=0 must be at least 1"),
     ("--temperature=-1", "--temperature=-1.0 must be a number from 0"),
     ("--temperature=nan", "--temperature=nan must be a number from 0"),
+    ("--seed=-1", "--seed=-1 must be from 0 to 2**63 - 1"),
+    (f"--seed={2**63}", f"--seed={2**63} must be from 0 to 2**63 - 1"),
     ("--top_k=-1", "--top_k=-1 must be at least 0"),
     ("--top_p=0", "--top_p=0.0 must be in (0, 1]"),
     ("--prompt=\udcff", "--prompt is not valid UTF-8"),

@@ -251,6 +251,13 @@ def test_counts_below_one_are_one_line(key):
     train_lib.check_counts(config)
 
 
+def test_a_weight_that_is_no_number_is_one_line():
+  config = make_config()
+  config.loss.z_loss = float("nan")
+  with pytest.raises(UserError, match=r"loss\.z_loss=nan must be at least 0"):
+    train_lib.check_counts(config)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
