@@ -290,6 +290,7 @@ metric_list: [{{metric: exact_match}}]
 """
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("default")  # of the harness and what it imports
 def test_the_harness_evaluates_a_run(run, lm, tmp_path, monkeypatch):
   """On a task of a local file, without a network."""
