@@ -16,11 +16,11 @@ from typing import Any
 
 from common import app
 from common.comparison import (
-  RESULT,
+  Stored,
+  check_one_process,
   check_settings,
   job_config,
-  load_result,
-  save_result,
+  run_jobs,
 )
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Stored):
   """What a finished job is remembered by.
 
   Attributes:
@@ -77,19 +77,6 @@ class Result:
   foreseen: dict[str, list[list[float]]]
   seconds: float
 
-  def save(self, folder: Any) -> None:
-    """Writes the file, whole or not at all."""
-    save_result(folder, dataclasses.asdict(self))
-
-  @classmethod
-  def load(cls, folder: Any) -> "Result | None":
-    """Reads the file; None if the job has not finished.
-
-    Raises:
-      UserError: when it is damaged.
-    """
-    return load_result(folder, lambda content: cls(**content))
-
 
 def compare(config: Any, workdir: str) -> str:
   """Runs the comparison, or what is left of it, and writes its report.
@@ -104,40 +91,19 @@ def compare(config: Any, workdir: str) -> str:
   Raises:
     UserError: for unknown systems, and as training does.
   """
-  import jax
-  from etils import epath
-
   from birdie.comparison import write_page
-  from common import config as config_lib
-  from common.errors import UserError
 
-  if jax.process_count() > 1:
-    raise UserError(
-      "birdie.compare runs in one process: start several with different "
-      "--systems and the same --workdir"
-    )
-  folder = epath.Path(workdir)
-  jobs = make_jobs(config)
-  if any(folder.glob(f"runs/*/*/{RESULT}")):
-    config_lib.check_resume(folder, config, free=_free("seed"))
-  folder.mkdir(parents=True, exist_ok=True)
-  config_lib.save_config(folder, config)
-  path = ""
-  for number, job in enumerate(jobs, 1):
-    start = time.monotonic()
-    result = _kept(folder, job)
-    took = "done before"
-    if result is None:
-      result = run_job(folder, job)
-      took = f"{time.monotonic() - start:.0f} s"
-    log.info(
-      "[%d/%d] seed %d  %s: %.1f %% right, %s",
-      number, len(jobs), job.seed, job.system, 100 * result.scores["answers"],
-      took,
-    )  # fmt: skip
-    path = write_page(folder, config)
-  log.info("report: %s", path)
-  return path
+  check_one_process("birdie.compare")
+  return run_jobs(
+    config,
+    workdir,
+    make_jobs(config),
+    free=_free("seed"),
+    kept=_kept,
+    run=run_job,
+    describe=lambda result: f"{100 * result.scores['answers']:.1f} % right",
+    write_page=write_page,
+  )
 
 
 def _free(*more: str) -> tuple[str, ...]:

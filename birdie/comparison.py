@@ -7,7 +7,13 @@ import numpy as np
 
 from birdie.compare import Result
 from common import files, statistics
-from common.comparison import Claim, by_system, grouped, system_names
+from common.comparison import (
+  Claim,
+  by_system,
+  claims_table,
+  grouped,
+  system_names,
+)
 from common.plots import Palette, png, sheet
 from common.report import FILE_NAME, markdown_table
 
@@ -171,32 +177,14 @@ def _curves(results: Sequence[Result]) -> bytes:
 
 def _claims(results: Sequence[Result]) -> str:
   values = by_system(results, "answers")
-  tested = [
-    (claim, statistics.paired(*statistics.align(values[a], values[b])))
-    for claim in CLAIMS
-    if (a := claim.system) in values
-    and (b := claim.reference) in values
-    and set(values[a]) & set(values[b])
-  ]
-  if not tested:
+  table = claims_table(CLAIMS, values, unit="points")
+  if not table:
     return ""
-  judged = statistics.verdicts([found for _, found in tested])
-  rows = [
-    (
-      claim.text,
-      statistics.format_interval(found, signed=True),
-      f"{found.wins} of {found.count}",
-      "–" if np.isnan(p) else f"{p:.2g}",
-      verdict,
-    )
-    for (claim, found), (p, verdict) in zip(tested, judged)
-  ]
-  header = ("claim", "points", "seeds won", "p (Holm)", "verdict")
   note = (
     "Differences of all answers seed by seed, two-sided paired t-tests, "
     "corrected for the number of claims."
   )
-  return f"## What holds\n\n{note}\n\n{markdown_table(header, rows)}"
+  return f"## What holds\n\n{note}\n\n{table}"
 
 
 def _losses(results: Sequence[Result]) -> str:

@@ -20,10 +20,10 @@ from typing import Any
 from common import app
 from common.comparison import (
   RESULT,
+  Stored,
+  check_one_process,
   check_settings,
   job_config,
-  load_result,
-  save_result,
 )
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Stored):
   """What a finished job is remembered by.
 
   Attributes:
@@ -85,19 +85,6 @@ class Result:
   scores: dict[str, float]
   pruned: dict[str, dict[str, float]]
 
-  def save(self, folder: Any) -> None:
-    """Writes the file, whole or not at all."""
-    save_result(folder, dataclasses.asdict(self))
-
-  @classmethod
-  def load(cls, folder: Any) -> "Result | None":
-    """Reads the file; None if the job has not finished.
-
-    Raises:
-      UserError: when it is damaged.
-    """
-    return load_result(folder, lambda content: cls(**content))
-
 
 def compare(config: Any, workdir: str) -> str:
   """Runs the comparison, or what is left of it, and writes its report.
@@ -113,19 +100,13 @@ def compare(config: Any, workdir: str) -> str:
     UserError: for unknown systems, for too few test images, and as training
       does.
   """
-  import jax
 
   from common import config as config_lib
-  from common.errors import UserError
   from slimsam.checks import check_local
   from slimsam.comparison import draw_curve, draw_masks, write_page
   from slimsam.run import FREE
 
-  if jax.process_count() > 1:
-    raise UserError(
-      "slimsam.compare runs in one process: start several with different "
-      "--systems and the same --workdir"
-    )
+  check_one_process("slimsam.compare")
   check_local(workdir)
   folder = pathlib.Path(workdir)
   jobs = make_jobs(config, folder)

@@ -10,17 +10,16 @@ share a folder at the same time.
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from common import app
 from common.comparison import (
-  RESULT,
+  Stored,
+  check_one_process,
   check_settings,
   job_config,
-  load_result,
-  save_result,
+  run_jobs,
 )
 
 log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
+class Result(Stored):
   """What a finished training is remembered by.
 
   Attributes:
@@ -72,19 +71,6 @@ class Result:
   seconds: float
   modes: dict[str, dict[str, list[float]]]
 
-  def save(self, folder: Any) -> None:
-    """Writes the file, whole or not at all."""
-    save_result(folder, dataclasses.asdict(self))
-
-  @classmethod
-  def load(cls, folder: Any) -> "Result | None":
-    """Reads the file; None if the job has not finished.
-
-    Raises:
-      UserError: when it is damaged.
-    """
-    return load_result(folder, lambda content: cls(**content))
-
 
 def compare(config: Any, workdir: str) -> str:
   """Runs the comparison, or what is left of it, and writes its report.
@@ -99,42 +85,23 @@ def compare(config: Any, workdir: str) -> str:
   Raises:
     UserError: for unknown systems, and as training does.
   """
-  import jax
-  from etils import epath
-
-  from common import config as config_lib
-  from common.errors import UserError
   from thor import train
   from thor.comparison import write_page
 
-  if jax.process_count() > 1:
-    raise UserError(
-      "thor.compare runs in one process: start several with different "
-      "--systems and the same --workdir"
-    )
-  folder = epath.Path(workdir)
+  check_one_process("thor.compare")
   jobs = make_jobs(config)
-  if any(folder.glob(f"runs/*/*/{RESULT}")):
-    config_lib.check_resume(folder, config, free=_free("seed"))
   for job in jobs:
     train.check(job.config)
-  folder.mkdir(parents=True, exist_ok=True)
-  config_lib.save_config(folder, config)
-  path = ""
-  for number, job in enumerate(jobs, 1):
-    start = time.monotonic()
-    result = _kept(folder, job)
-    took = "done before"
-    if result is None:
-      result = run_job(folder, job)
-      took = f"{time.monotonic() - start:.0f} s"
-    log.info(
-      "[%d/%d] seed %d  %s: BLEU %.1f, %s",
-      number, len(jobs), job.seed, job.system, _bleu(result), took,
-    )  # fmt: skip
-    path = write_page(folder, config)
-  log.info("report: %s", path)
-  return path
+  return run_jobs(
+    config,
+    workdir,
+    jobs,
+    free=_free("seed"),
+    kept=_kept,
+    run=run_job,
+    describe=lambda result: f"BLEU {_bleu(result):.1f}",
+    write_page=write_page,
+  )
 
 
 def _free(*more: str) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common import files, statistics
-from common.comparison import Claim, by_system, grouped
+from common.comparison import Claim, by_system, claims_table, grouped
 from common.report import FILE_NAME, markdown_table
 from thor.compare import Result
 from thor.dispatch import Dispatch
@@ -161,34 +161,15 @@ def _languages(split: str, results: Sequence[Result]) -> str:
 
 def _claims(split: str, results: Sequence[Result]) -> str:
   values = by_system(results, f"{split}/bleu")
-  tested = [
-    (claim, statistics.paired(*statistics.align(values[a], values[b])))
-    for claim in CLAIMS
-    if (a := claim.system) in values
-    and (b := claim.reference) in values
-    and set(values[a]) & set(values[b])
-  ]
-  if not tested:
+  table = claims_table(CLAIMS, values, unit="BLEU", scale=1)
+  if not table:
     return ""
-  judged = statistics.verdicts([found for _, found in tested])
-  rows = []
-  for (claim, found), (p, verdict) in zip(tested, judged):
-    rows.append(
-      (
-        claim.text,
-        statistics.format_interval(found, scale=1, signed=True),
-        f"{found.wins} of {found.count}",
-        "–" if np.isnan(p) else f"{p:.2g}",
-        verdict,
-      )
-    )
-  header = ("claim", "BLEU", "seeds won", "p (Holm)", "verdict")
   note = (
     f"Differences of `{split}` seed by seed, two-sided paired t-tests, "
     "corrected for the number of claims. Nothing was tuned for this page, so "
     "what holds here holds for these settings."
   )
-  return f"## What holds\n\n{note}\n\n{markdown_table(header, rows)}"
+  return f"## What holds\n\n{note}\n\n{table}"
 
 
 def _bootstrap(
