@@ -123,7 +123,9 @@ def _model() -> ConfigDict:
   config.tie_embeddings = True
   config.dtype = "float32"  # of the computation
   config.param_dtype = "float32"
-  config.remat = "dots"  # none | dots | full: what is computed again
+  # What the backward pass computes again: none | dots, all but products of
+  # matrices, recurrences and attention | full
+  config.remat = "dots"
   config.scan_impl = "auto"  # gated_ssm, hawk
   config.seq_axis = ""  # "seq" shards time over that mesh axis
   return config
