@@ -67,7 +67,7 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
   except SafetensorError as error:
     raise UserError(f"{path} is no safetensors file: {error}") from error
   weights = {}
-  for name, tensor in found:
+  for name, tensor in sorted(found, key=lambda pair: pair[0]):
     if tensor["dtype"] not in _DTYPES:
       raise UserError(
         f"{path}: {name!r} has dtype {tensor['dtype']}, which is not read "
