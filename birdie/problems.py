@@ -9,6 +9,7 @@ entry of the mixture (`Task.example`).
 import bisect
 import dataclasses
 import functools
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -284,12 +285,15 @@ def draw_sizes(
 def letters(vocab: Vocabulary, count: int) -> np.ndarray:
   """The ids of `count` text tokens, int32.
 
-  Where tokens are bytes, printable ones first: a trained model has seen them.
+  Where tokens are bytes, digits and letters come first: a model that has been
+  trained on text knows them, and all that it never saw looks the same to it.
   """
   ids = np.array(vocab.text, np.int32)
   if vocab.byte_offset is not None:
-    order = np.roll(np.arange(256), -ord("!"))
-    ids = vocab.byte_offset + order.astype(np.int32)
+    printable = string.digits + string.ascii_letters + string.punctuation
+    first = printable.encode()
+    order = [*first, *(byte for byte in range(256) if byte not in first)]
+    ids = np.array(order, np.int32) + vocab.byte_offset
   return ids[:count]
 
 

@@ -45,8 +45,8 @@ class AssociativeRecall(_Tokens):
 
       (key value) .. SEP key ..        labels: the values of the keys asked for
 
-  Keys come from the first half of the text ids, values from the second, each
-  at most once. As published, key i is asked for at one of P places, drawn
+  Keys come from one half of the text ids, values from the other, each at most
+  once. As published, key i is asked for at one of P places, drawn
   without replacement with probability ~ a g^(a - 1) for place g: early pairs
   tend to be asked for early. It departs from the published form where a prefix
   and an answer ask for it: there, queries are scattered over a causal sequence
@@ -60,7 +60,8 @@ class AssociativeRecall(_Tokens):
     lookups: keys asked for; all of them if None.
     order: one of `ORDERS`.
     key_alphabet, value_alphabet: how many different ones there are; as many as
-      the halves hold if None.
+      the halves hold if None. Where tokens are bytes, small ones are made of
+      what is frequent in text.
   """
 
   name: ClassVar[str] = "associative_recall"
@@ -77,17 +78,19 @@ class AssociativeRecall(_Tokens):
     for name in ("key_alphabet", "value_alphabet"):
       if getattr(self, name) is not None:
         self._check_count(name, 1, len(self.vocab.text) // 2)
-    self._check_range("pairs", 1, min(len(self._half(0)), len(self._half(1))))
+    self._check_range("pairs", 1, min(map(len, self._alphabets)))
     if self.lookups is not None:
       self._check_range("lookups", 1, self.pairs[1])
       self._check_at_most("lookups", "pairs")
     self._check_choice("order", ORDERS)
 
-  def _half(self, which: int) -> np.ndarray:
-    ids = np.array(self.vocab.text, np.int32)
-    half = len(ids) // 2
-    count = (self.key_alphabet, self.value_alphabet)[which] or half
-    return ids[which * half :][:count]
+  @functools.cached_property
+  def _alphabets(self) -> tuple[np.ndarray, np.ndarray]:
+    """Of keys, and of values, which begin where the keys end."""
+    half = len(self.vocab.text) // 2
+    ids = letters(self.vocab, len(self.vocab.text))
+    keys, values = self.key_alphabet or half, self.value_alphabet or half
+    return ids[:keys], ids[keys:][:values]
 
   def problem(self, rng: np.random.Generator, space: int):
     """See `Task`."""
@@ -96,7 +99,7 @@ class AssociativeRecall(_Tokens):
       return sizes
     pairs, lookups = sizes
     keys, values = (
-      rng.choice(self._half(i), pairs, replace=False) for i in (0, 1)
+      rng.choice(alphabet, pairs, replace=False) for alphabet in self._alphabets
     )
     law = POWER * np.arange(1, pairs + 1) ** (POWER - 1)
     places = rng.choice(pairs, pairs, replace=False, p=law / law.sum())
@@ -119,7 +122,7 @@ class AssociativeRecall(_Tokens):
 
   def guess(self, problem: Problem) -> Scores:
     """Any value."""
-    return each_right(1 / len(self._half(1)), problem.facts["lookups"])
+    return each_right(1 / len(self._alphabets[1]), problem.facts["lookups"])
 
   def from_context(self, problem: Problem) -> Scores:
     """Any value that stands there."""

@@ -144,7 +144,8 @@ def test_induction_asks_for_what_followed_the_special_token():
 
 def test_letters_are_printable_where_tokens_are_bytes():
   ids = letters(VOCAB, 94) - VOCAB.byte_offset
-  assert bytes(ids.tolist()).decode() == "".join(map(chr, range(33, 127)))
+  assert bytes(ids[:62].tolist()).isalnum()
+  assert sorted(ids) == [*range(33, 127)]
   assert sorted(letters(VOCAB, 256)) == [*VOCAB.text]
   assert letters(extend(1000), 3).tolist() == [0, 1, 2]
 
@@ -159,7 +160,7 @@ def alphabet_of(task):
 @pytest.mark.parametrize(
   ("name", "settings", "alphabet"),
   [
-    ("associative_recall", {"pairs": 2}, lambda t: t._half(1)),
+    ("associative_recall", {"pairs": 2}, lambda t: t._alphabets[1]),
     ("selective_copying_mamba", {"alphabet": 3, "data": 2}, alphabet_of),
     (
       "copying_random", {"alphabet": 3, "length": 2},
