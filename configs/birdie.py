@@ -200,14 +200,14 @@ def _compare() -> ConfigDict:
   config.finetune = ConfigDict()
   config.finetune.num_steps = 1000
   config.finetune.task = ConfigDict(
-    {"name": "associative_recall", "pairs": 6, "lookups": (1, 4),
-     "key_alphabet": 8, "value_alphabet": 8}
+    {"name": "associative_recall", "pairs": 12, "lookups": (1, 8),
+     "key_alphabet": 16, "value_alphabet": 16, "order": "context_query"}
   )  # fmt: skip
   config.finetune.data = ConfigDict({"sequence_length": 128, "batch_size": 16})
   config.finetune.optim = ConfigDict(
     {"lr": 3e-3, "schedule": "cosine", "warmup_steps": 50, "weight_decay": 0.0}
   )
-  config.lookups = (1, 2, 3, 4)
+  config.lookups = (1, 2, 4, 8)
   config.problems = 512  # asked for each number of look-ups
   config.questions = 0  # their seed; a search for a mixture takes another
   config.batch_size = 64  # of them at a time
@@ -220,6 +220,11 @@ def _compare() -> ConfigDict:
     "uniform": ("mixture.preset=birdie_uniform", fixed),
     "birdie": (),
   }
+  # Without training, with the question before what it asks for.
+  systems["none_query_first"] = (
+    *systems["none"],
+    "compare.finetune.task.order=query_context",
+  )
   # Half of everything to one class: what a search for a fixed mixture tries.
   for name in _CLASSES:
     shares = [f"{c}={7 if c == name else 1}" for c in _CLASSES]
@@ -241,15 +246,15 @@ _CLASSES = (
 
 def small(config: ConfigDict) -> None:
   """A small model and little text, for comparisons: see `birdie.compare`."""
-  config.num_steps = 600
-  config.data.update({"sequence_length": 256, "batch_size": 16})
+  config.num_steps = 2500
+  config.data.update({"sequence_length": 128, "batch_size": 16})
   config.model.update({"width": 64, "state": 128, "heads": 2})
   _deepen(config)
-  config.controller.update({"schedule": "30", "warmup_end": 30})
-  config.evaluation.rows = 1
+  config.controller.update({"schedule": "100", "warmup_end": 100})
+  config.evaluation.update({"rows": 16, "batch_size": 16})
   config.retrieval.every = 0
   config.log.every = 25
-  config.checkpoint.update({"every": 300, "keep": 1, "keep_best": False})
+  config.checkpoint.update({"every": 500, "keep": 1, "keep_best": False})
 
 
 def smoke(config: ConfigDict) -> None:

@@ -65,9 +65,9 @@ def test_a_fine_tuning_is_the_task_alone(config):
     ({"problems": 0}, "at least 1"),
     ({"batch_size": 0}, "at least 1"),
     ({"lookups": ()}, "is empty"),
-    ({"lookups": (1, 9)}, "lookups=9"),
+    ({"lookups": (1, 13)}, "lookups=13"),
     ({"finetune": {"task": {"name": "associative_recal"}}}, "recall"),
-    ({"finetune": {"task": {"key_alphabet": 3}}}, "pairs=6"),
+    ({"finetune": {"task": {"key_alphabet": 3}}}, "pairs=12"),
   ],
   ids=str,
 )
