@@ -152,7 +152,7 @@ def test_rank_correlations():
 def _result(system, seed, share):
   scores = {"answers": share, "eval_class/loss/copying": 1.5}
   baselines = {"answers": 0.125}
-  for lookups in (1, 2, 3, 4):
+  for lookups in (1, 2, 4, 8):
     scores[f"answers/{lookups}"] = share
     baselines[f"answers/{lookups}"] = 0.125
   chosen = "birdie" in system
@@ -202,7 +202,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
   path = compare.compare(config, str(tmp_path))
   result = json.loads((tmp_path / "runs/none/seed0/result.json").read_text())
   assert set(result["scores"]) == {"answers", "answers/1", "answers/2"}
-  assert result["baselines"]["answers/2"] == pytest.approx(1 / 6)
+  assert result["baselines"]["answers/2"] == pytest.approx(1 / 12)
   assert not (tmp_path / "runs/none/seed0/finetune/checkpoints").exists()
   page = pathlib.Path(path).read_text()
 
