@@ -21,6 +21,13 @@ def main(config, workdir: str) -> None:
   train.train_and_evaluate(config, workdir)
 
 
+def programs(config):
+  """The steps of a run; see `birdie.plan`."""
+  from birdie import plan
+
+  return plan.programs(config)
+
+
 if __name__ == "__main__":
   app.run(
     main,
@@ -28,4 +35,5 @@ if __name__ == "__main__":
     description="Trains a state-space language model under Birdie's mixture.",
     example="python -m birdie.main --config=configs/birdie.py:smoke",
     needs=("mixture",),
+    programs=programs,
   )

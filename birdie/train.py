@@ -35,7 +35,7 @@ from common.progress import ProgressBar
 from common.report import write_report
 from common.rngs import RngStreams
 from common.state import TrainState
-from common.step import LossFn, make_train_step
+from common.step import LossFn, StepFn, make_train_step
 from common.train import train
 from common.workdir import Workdir
 
@@ -287,20 +287,9 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       startup_report(setup.mesh, state, global_batch=config.data.batch_size),
     )
     progress.start(int(state.step))
-    step_fn = make_train_step(
-      make_loss_fn(
-        setup.model,
-        setup.curriculum,
-        chunk=config.loss.chunk,
-        z_loss=config.loss.z_loss,
-      ),
-      setup.tx,
-      RngStreams(config.seed),
-      accum=config.accum,
-    )
     state = train(
       state,
-      step_fn,
+      make_step(config, setup),
       loader,
       num_steps=config.num_steps,
       hooks=hooks.in_order,
@@ -309,6 +298,19 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
   if jax.process_index() == 0:
     log.info("report: %s", write_report(folder.path))
   return state
+
+
+def make_step(config: Any, setup: Setup) -> StepFn:
+  """The jitted train step of a configuration."""
+  loss_fn = make_loss_fn(
+    setup.model,
+    setup.curriculum,
+    chunk=config.loss.chunk,
+    z_loss=config.loss.z_loss,
+  )
+  return make_train_step(
+    loss_fn, setup.tx, RngStreams(config.seed), accum=config.accum
+  )
 
 
 def make_hooks(

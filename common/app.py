@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -49,6 +49,7 @@ def run(
   verb: str = "main",
   aliases: Mapping[str, str] | None = None,
   needs: Sequence[str] = (),
+  programs: Callable[[ConfigDict], Iterable[Any]] | None = None,
 ) -> NoReturn:
   """Reads the command line, prepares the process, calls `main`, exits.
 
@@ -64,11 +65,15 @@ def run(
       folders of their own.
     aliases: short flags for keys of the configuration: flag -> key.
     needs: keys that tell a configuration of this program from others.
+    programs: the steps of a configuration, `common.plan.Program`s; with them
+      there is a flag `--plan`.
   """
   is_process = argv is None
   argv = sys.argv[1:] if argv is None else argv
   aliases = aliases or {}
   parser = _make_parser(f"{name}.{verb}", description, example, aliases)
+  if programs is not None:
+    _add_plan(parser)
 
   def start() -> None:
     args, rest = parser.parse_known_args(argv)
@@ -93,6 +98,9 @@ def run(
       config = flags.override(config, key, arguments)
     if args.print_config:
       print(config_lib.to_json(config), end="")
+      return
+    if programs is not None and args.plan is not None:
+      print(_plan(config, programs, args.plan))
       return
     _check_distributed(args)
     workdir = make_workdir(args.workdir or _default_workdir(args.config, verb))
@@ -241,6 +249,35 @@ def _make_parser(
   return parser
 
 
+def _add_plan(parser: flags.Parser) -> None:
+  parser.add_argument(
+    "--plan",
+    metavar="DEVICES",
+    type=int,
+    nargs="?",
+    const=1,
+    help="print what each of so many devices (1) would hold, compute and send "
+    "in a step, then exit; they are simulated, nothing is trained",
+  )
+
+
+def _plan(
+  config: ConfigDict,
+  programs: Callable[[ConfigDict], Iterable[Any]],
+  devices: int,
+) -> str:
+  if devices < 1:
+    raise UserError(f"--plan={devices}: at least 1 device")
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", devices)
+  _use_cache(config)
+  from common.plan import make_plan, plan_table
+
+  return plan_table(map(make_plan, programs(config)))
+
+
 def _help(parser: flags.Parser, config: str | None, name: str) -> str:
   default = os.path.join("configs", f"{name}.py")
   if config is None and os.path.exists(default):
@@ -324,15 +361,22 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
   if platforms and "cpu" not in platforms.split(","):
     # What has to be the same bits everywhere is computed on the host.
     jax.config.update("jax_platforms", f"{platforms},cpu")
-  cache = config.get("compile_cache", COMPILE_CACHE)
-  if cache:
-    path = cache if "://" in cache else os.path.expanduser(cache)
-    jax.config.update("jax_compilation_cache_dir", path)
-    # The default of one second would leave out most of a small model.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  _use_cache(config)
   if args.coordinator is not None:
     jax.distributed.initialize(
       args.coordinator, args.num_processes, args.process_id
     )
   elif args.distributed or (args.distributed is None and _is_cluster()):
     jax.distributed.initialize()
+
+
+def _use_cache(config: ConfigDict) -> None:
+  """Keeps compiled programs in the folder that the configuration names."""
+  import jax
+
+  cache = config.get("compile_cache", COMPILE_CACHE)
+  if cache:
+    path = cache if "://" in cache else os.path.expanduser(cache)
+    jax.config.update("jax_compilation_cache_dir", path)
+    # The default of one second would leave out most of a small model.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

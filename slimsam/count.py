@@ -51,17 +51,10 @@ def counts(
   from common.tree import count_params
   from slimsam.cost import decoder_macs, encoder_macs, encoder_params, xla_macs
   from slimsam.init import abstract_params
-  from slimsam.select import kept_width
+  from slimsam.select import pruned_widths
 
   if ratio:
-    cfg = settings.encoder
-
-    def kept(width: int) -> int:
-      return kept_width(width, ratio, cfg.heads)
-
-    settings = settings.with_widths(
-      kept(cfg.width), map(kept, cfg.qkv_widths), map(kept, cfg.mlp_widths)
-    )
+    settings = pruned_widths(settings, ratio)
   cfg, macs = settings.encoder, encoder_macs(settings.encoder)
   made = {
     "widths": {
@@ -87,9 +80,9 @@ def _settings(model: str) -> "SamSettings":
   from slimsam.settings import preset
 
   if os.path.exists(os.path.expanduser(model)):
-    from slimsam.weights import load_model
+    from slimsam.weights import load_settings
 
-    return load_model(model)[1]
+    return load_settings(model)
   return preset(model)
 
 

@@ -10,6 +10,13 @@ def main(config, workdir: str) -> None:
   train.train_and_evaluate(config, workdir)
 
 
+def programs(config):
+  """The steps of a run; see `slimsam.plan`."""
+  from slimsam import plan
+
+  return plan.programs(config)
+
+
 if __name__ == "__main__":
   app.run(
     main,
@@ -17,4 +24,5 @@ if __name__ == "__main__":
     description="Makes Segment Anything small by pruning and distillation.",
     example="python -m slimsam.main --config=configs/slimsam.py:smoke",
     needs=("teacher", "prune"),
+    programs=programs,
   )

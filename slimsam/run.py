@@ -141,13 +141,7 @@ class Run:
     """NumPy parameters of an image encoder that is followed, where the mesh has
     them, in the dtype that it computes in.
     """
-    dtype = DTYPES[self.config.distill.teacher_dtype]
-
-    def cast(path: Any, a: Any) -> Any:
-      is_norm = any("norm" in str(part) for part in path)
-      return a if is_norm else a.astype(dtype)
-
-    return self.placed(jax.tree_util.tree_map_with_path(cast, encoder))
+    return self.placed(as_teacher(encoder, self.config.distill.teacher_dtype))
 
   def evaluator(self, teacher: Model | None = None) -> Evaluator:
     """Judges masks of the validation images, also against a teacher's."""
@@ -176,6 +170,21 @@ class Run:
         return judge(params, Sam(settings)).scalars()
 
     return measure
+
+
+def as_teacher(encoder: PyTree, dtype: str) -> PyTree:
+  """Parameters in the dtype that a teacher computes in, but for its norms.
+
+  Args:
+    encoder: arrays of any kind.
+    dtype: one of `slimsam.encoder.DTYPES`.
+  """
+
+  def cast(path: Any, a: Any) -> Any:
+    is_norm = any("norm" in str(part) for part in path)
+    return a if is_norm else a.astype(DTYPES[dtype])
+
+  return jax.tree_util.tree_map_with_path(cast, encoder)
 
 
 def wait_for_all(what: str) -> None:

@@ -8,12 +8,13 @@ published uniform models need) or by one ranking over all blocks (`global`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from common.config import did_you_mean
 from common.errors import UserError
+from slimsam.settings import SamSettings
 
 Scores = Mapping[str, np.ndarray]
 NORMALIZATIONS = ("gaussian", "standard", "max", "mean", "sum")
@@ -44,6 +45,33 @@ def kept_width(width: int, ratio: float, multiple: int) -> int:
       f"multiples of {multiple}; prune less"
     )
   return kept
+
+
+def pruned_widths(
+  settings: SamSettings,
+  ratio: float,
+  kinds: Collection[str] = ("embedding", "qkv", "mlp"),
+) -> SamSettings:
+  """The sizes of a model that is pruned by the local rule.
+
+  Args:
+    settings: of the model.
+    ratio: the share of every width to be pruned.
+    kinds: of groups that are pruned; see `slimsam.groups`.
+
+  Raises:
+    UserError: for a ratio that leaves nothing.
+  """
+  cfg = settings.encoder
+
+  def kept(width: int) -> int:
+    return kept_width(width, ratio, cfg.heads)
+
+  return settings.with_widths(
+    kept(cfg.width) if "embedding" in kinds else None,
+    map(kept, cfg.qkv_widths) if "qkv" in kinds else None,
+    map(kept, cfg.mlp_widths) if "mlp" in kinds else None,
+  )
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:

@@ -213,6 +213,19 @@ def teachers_of(
   return tuple(sorted(names))
 
 
+def make_programs(
+  stage: Stage, make_step: Callable[[Any], Any], roles: Roles
+) -> dict[bool, Any]:
+  """The jitted steps of a stage, by whether features are compared.
+
+  Args: as for `make_steps`.
+  """
+  return {
+    wanted: make_step(make_loss(stage, roles, with_features=wanted))
+    for wanted in (True, False)
+  }
+
+
 def make_steps(
   stage: Stage,
   make_step: Callable[[Any], Any],
@@ -235,10 +248,7 @@ def make_steps(
     place: puts a teacher's parameters on the devices, before the first step
       that takes them; before the first that does not they are let go of.
   """
-  programs = {
-    wanted: make_step(make_loss(stage, roles, with_features=wanted))
-    for wanted in (True, False)
-  }
+  programs = make_programs(stage, make_step, roles)
   held: dict[str, PyTree] = {}
 
   def choose(done: int) -> Any:

@@ -144,10 +144,15 @@ def teacher_settings(cfg: Any) -> SamSettings:
   )
 
 
+def teacher_optimizer(cfg: Any) -> tuple[Any, Callable[[int], Any]]:
+  """The optimizer of a teacher that is trained, and its rate by the step."""
+  frozen = {"frozen": (r"prompt_encoder/gaussian$",)}
+  return make_optimizer(cfg.optim.to_dict() | frozen, cfg.num_steps)
+
+
 def _teacher_part(run: Run, settings: SamSettings) -> Part:
   cfg, encoder, sam = run.config.teacher, settings.encoder, Sam(settings)
-  frozen = {"frozen": (r"prompt_encoder/gaussian$",)}
-  tx, rate = make_optimizer(cfg.optim.to_dict() | frozen, cfg.num_steps)
+  tx, rate = teacher_optimizer(cfg)
   judge = run.evaluator()
 
   def init(key: jax.Array) -> TrainState:
@@ -188,6 +193,14 @@ def _example(run: Run, original: Model) -> ImageExample | TargetExample:
   return TargetExample(size, kept_targets(run, original))
 
 
+def stage_optimizer(
+  cfg: Any, num_steps: int
+) -> tuple[Any, Callable[[int], Any]]:
+  """The optimizer of a stage, and its rate by the step."""
+  tx, rate = make_optimizer(cfg.optim.to_dict(), num_steps)
+  return optax.chain(tx, scale_by_factor()), rate
+
+
 def _stage_part(
   run: Run,
   stage: Stage,
@@ -203,8 +216,7 @@ def _stage_part(
   per_epoch = max(len(source) // rows, 1)
   every = evaluation.every * per_epoch
   num_steps = cfg.epochs * per_epoch
-  tx, rate = make_optimizer(cfg.optim.to_dict(), num_steps)
-  tx = optax.chain(tx, scale_by_factor())
+  tx, rate = stage_optimizer(cfg, num_steps)
 
   def init(key: jax.Array) -> TrainState:
     del key
@@ -232,7 +244,7 @@ def _stage_part(
     steps=make_steps(
       stage,
       make_step,
-      _roles(run, stage, pruned, first, original),
+      make_roles(cfg, stage, settings, first.settings, original.settings),
       {"original": original.encoder, "first": first.encoder},
       steps_per_epoch=per_epoch,
       kept=cfg.cache_targets,
@@ -260,14 +272,26 @@ def _plateau(
   return more
 
 
-def _roles(
-  run: Run, stage: Stage, pruned: Model, first: Model, original: Model
+def make_roles(
+  cfg: Any,
+  stage: Stage,
+  student: SamSettings,
+  first: SamSettings,
+  original: SamSettings,
 ) -> Roles:
-  cfg = run.config.distill
+  """The encoders of a stage.
+
+  Args:
+    cfg: `config.distill`.
+    stage: see `slimsam.stages.stage_of`.
+    student: sizes of the pruned model.
+    first: of the model that was pruned.
+    original: of what everything began with.
+  """
   return Roles(
-    pruned.settings.encoder,
-    original.settings.encoder,
-    first.settings.encoder if stage.name == "step_2" else None,
+    student.encoder,
+    original.encoder,
+    first.encoder if stage.name == "step_2" else None,
     Compute(DTYPES[cfg.dtype], cfg.remat),
     Compute(DTYPES[cfg.teacher_dtype]),
   )

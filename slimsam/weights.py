@@ -67,10 +67,18 @@ def load_model(path: Any) -> tuple[PyTree, SamSettings]:
   )
 
 
+def load_settings(path: Any) -> SamSettings:
+  """Reads a model's sizes; of our form, without its parameters."""
+  file = pathlib.Path(path).expanduser() / "settings.json"
+  if file.exists():
+    return SamSettings.from_dict(files.read_json(file))
+  return load_model(path)[1]
+
+
 def _load_ours(folder: pathlib.Path) -> tuple[PyTree, SamSettings]:
   from slimsam.init import abstract_params
 
-  settings = SamSettings.from_dict(files.read_json(folder / "settings.json"))
+  settings = load_settings(folder)
   params = read_arrays(
     folder / "params.npz",
     abstract_params(settings),

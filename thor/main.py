@@ -10,6 +10,13 @@ def main(config, workdir: str) -> None:
   train.train_and_evaluate(config, workdir)
 
 
+def programs(config):
+  """The steps of a run; see `thor.plan`."""
+  from thor import plan
+
+  return plan.programs(config)
+
+
 if __name__ == "__main__":
   app.run(
     main,
@@ -17,4 +24,5 @@ if __name__ == "__main__":
     description="Trains Transformers whose experts are drawn at random.",
     example="python -m thor.main --config=configs/thor.py:smoke",
     needs=("routing",),
+    programs=programs,
   )

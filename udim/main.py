@@ -21,6 +21,13 @@ def main(config, workdir: str) -> None:
   train.train_and_evaluate(config, workdir)
 
 
+def programs(config):
+  """The steps of a run; see `udim.plan`."""
+  from udim import plan
+
+  return plan.programs(config)
+
+
 if __name__ == "__main__":
   app.run(
     main,
@@ -28,4 +35,5 @@ if __name__ == "__main__":
     description="Trains classifiers for domains that nobody has seen.",
     example="python -m udim.main --config=configs/udim.py:smoke",
     needs=("algorithm",),
+    programs=programs,
   )

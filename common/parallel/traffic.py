@@ -15,6 +15,8 @@ import math
 import re
 from collections.abc import Callable
 
+from common.parallel.program import lines
+
 _SENT: dict[str, Callable[[int, int], float]] = {
   "all-gather": lambda size, p: size * (p - 1) / p,
   "reduce-scatter": lambda size, p: size * (p - 1),
@@ -28,7 +30,7 @@ _CALL = re.compile(
 _ARRAY = re.compile(r"(?P<kind>[a-z]+)(?P<bits>\d*)\w*\[(?P<shape>[\d,]*)\]")
 _GROUPS = re.compile(
   r"replica_groups=(\[\d+,(?P<size>\d+)\]|\{\{(?P<members>[\d,]+)\}"
-  r"|mesh\[(?P<mesh>[^]]+)\] \{(?P<axes>[^}]*)\})"
+  r"|mesh\[(?P<mesh>[^]]+)\](, device_ids=\S+)? \{(?P<axes>[^}]*)\})"
 )
 _SIDE = re.compile(r"(?P<axis>'[^']+')=(?P<size>\d+)")
 _AXIS = re.compile(r"(?P<axis>'[^']+')(:\(\d+\)(?P<part>\d+))?")
@@ -37,7 +39,7 @@ _AXIS = re.compile(r"(?P<axis>'[^']+')(:\(\d+\)(?P<part>\d+))?")
 def bytes_sent(text: str) -> dict[str, int]:
   """Adds up what a device sends in a run of the program.
 
-  What is in a loop counts once.
+  What is in a loop counts as often as the loop runs: see `program.lines`.
 
   Args:
     text: `compiled.as_text()`.
@@ -49,7 +51,7 @@ def bytes_sent(text: str) -> dict[str, int]:
     ValueError: for a collective whose groups cannot be read.
   """
   sent: dict[str, float] = {}
-  for line in text.splitlines():
+  for line, times, _ in lines(text):
     call = _CALL.search(line)
     if call is None:
       continue
@@ -60,7 +62,7 @@ def bytes_sent(text: str) -> dict[str, int]:
     # A permutation has pairs instead of groups.
     alone = call["kind"] == "collective-permute"
     many = 1 if alone else _group_size(line)
-    amount = _SENT[call["kind"]](sum(arrays), many)
+    amount = times * _SENT[call["kind"]](sum(arrays), many)
     sent[call["kind"]] = sent.get(call["kind"], 0) + amount
   return {kind: round(amount) for kind, amount in sent.items() if amount}
 
@@ -76,7 +78,8 @@ def _group_size(line: str) -> int:
   """How many devices take part in a line's collective.
 
   Groups are written as [groups,size], as lists of members, or as axes of a mesh
-  that may be cut: mesh['a'=4,'b'=2] {'a':(1)2}.
+  that may be cut, and whose devices may be in an order of their own:
+  mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a':(1)2}.
   """
   groups = _GROUPS.search(line)
   if groups is None:

@@ -21,6 +21,8 @@ LINES = {
   "replica_groups=mesh['x'=4,'y'=2] {'x':(1)2, 'y'}": {
     "all-to-all": 8 * 4 * 3 / 4
   },
+  "%a = s32[8]{0} all-to-all(%b), replica_groups=mesh['x'=4,'y'=2], "
+  "device_ids=([2,4]T(1,0)) {'y'}": {"all-to-all": 8 * 4 / 2},
   "ROOT %a = (f32[2]{0}, f32[8]{0}) all-gather-start(%b), "
   "replica_groups=[1,4]<=[4]": {"all-gather": 8 * 4 * 3 / 4},
   "%a = f32[3]{0} all-reduce-start(%b), replica_groups=[1,4]<=[4]": {
