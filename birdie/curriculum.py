@@ -1,7 +1,6 @@
 """The controller's hook: evaluate, reward, choose, publish."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from birdie import controller
 from birdie.presets import Configuration
 from birdie.validation import Evaluator, Scores
 from common.metrics import MetricWriter
-from common.parallel import from_host, on_device, to_host
+from common.parallel import check_same, from_host, on_device, to_host
 from common.rngs import fold_name
 from common.state import TrainState
 from common.train import StepInfo
@@ -209,18 +208,11 @@ def agree(probs: np.ndarray, state: Any, step: int) -> np.ndarray:
     step: of the run, for the error.
 
   Raises:
-    RuntimeError: when processes have come to different results.
+    RunError: when processes have come to different results.
   """
   if jax.process_count() == 1:
     return probs
-  digest = hashlib.blake2b(probs.tobytes(), digest_size=8)
-  for leaf in jax.tree.leaves(state):
-    digest.update(np.asarray(leaf).tobytes())
-  mine = np.frombuffer(digest.digest(), np.int32)
-  everyones = np.asarray(multihost_utils.process_allgather(mine))
-  if not (everyones == mine).all():
-    raise RuntimeError(
-      f"the controllers of step {step} differ between processes: their hashes "
-      f"are {everyones.tolist()}"
-    )
+  arrays = [probs, *map(np.asarray, jax.tree.leaves(state))]
+  content = b"".join(array.tobytes() for array in arrays)
+  check_same(content, f"controllers after step {step}")
   return np.asarray(multihost_utils.broadcast_one_to_all(probs))

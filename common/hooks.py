@@ -17,6 +17,7 @@ import numpy as np
 from common.checkpoint import Checkpointer, Stateful
 from common.errors import Preempted, RunError
 from common.metrics import Mean, MetricWriter, merge
+from common.parallel import check_same
 from common.progress import ProgressBar
 from common.state import TrainState
 from common.train import Every, Hook, StepInfo, is_due
@@ -207,6 +208,44 @@ def fingerprint(batch: Any) -> str:
     for index in sorted(shards):
       digest.update(np.ascontiguousarray(shards[index]).tobytes())
   return digest.hexdigest()
+
+
+class SameEverywhere:
+  """Stops a run whose processes no longer see the same.
+
+  Every step's values are hashed, and once an interval the processes compare
+  their hashes: what each computes for itself, such as which experts a step
+  draws, can never part unseen.
+
+  Args:
+    interval: steps between two comparisons.
+    prefixes: of the metrics that are compared.
+    what: these are, in the plural, for the error.
+  """
+
+  every = 1
+
+  def __init__(self, interval: int, prefixes: Sequence[str], what: str):
+    self._interval = interval
+    self._prefixes = tuple(prefixes)
+    self._what = what
+    self._pending: list[dict[str, Mean]] = []
+
+  def __call__(self, info: StepInfo) -> None:
+    if jax.process_count() == 1:
+      return
+    self._pending.append(
+      {k: v for k, v in info.metrics.items() if k.startswith(self._prefixes)}
+    )
+    if not is_due(self._interval, info.step, last=info.last):
+      return
+    values = jax.tree.leaves(jax.device_get(self._pending))
+    first = info.step - len(self._pending) + 1
+    self._pending = []
+    check_same(
+      b"".join(np.asarray(value).tobytes() for value in values),
+      f"{self._what} of steps {first} to {info.step}",
+    )
 
 
 class CheckpointHook:

@@ -19,6 +19,7 @@ from common.checkpoint import Checkpointer, Stateful
 from common.errors import UserError
 from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
+from common.parallel import check_same
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,10 @@ class Workdir:
     is_writer = jax.process_index() == 0
     self._lock = _lock(self.path) if is_writer else None
     facts = _with_versions(facts or {})
+    check_same(
+      repr((_fixed(config, free), [facts[name] for name in pinned])).encode(),
+      "configurations or data",
+    )
     self.checkpointer = Checkpointer(
       self.path / "checkpoints", keep=keep, best=best, best_mode=best_mode
     )
@@ -154,6 +159,17 @@ class Workdir:
     finally:
       self.writer.close()
       self._unlock()
+
+
+def _fixed(config: Any, free: tuple[str, ...]) -> list[tuple[str, Any]]:
+  """The settings that may not change."""
+  prefixes = tuple(f"{key}." for key in free)
+  flat = config_lib.flatten(config).items()
+  return sorted(
+    (key, value)
+    for key, value in flat
+    if key not in free and not key.startswith(prefixes)
+  )
 
 
 def _lock(path: epath.Path) -> IO[bytes] | None:

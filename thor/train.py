@@ -302,7 +302,10 @@ def make_hooks(
     metrics=lambda step: evaluation.latest if _measured(config, step) else {},
   )
   preemption = hooks_lib.PreemptionHook(checkpoint)
-  in_order = [guard, *host.values(), checkpoint, preemption]
+  draws = hooks_lib.SameEverywhere(
+    config.log.every, ("experts/", "ce"), "choices of experts"
+  )
+  in_order = [guard, draws, *host.values(), checkpoint, preemption]
   if config.profile.count:
     in_order.append(
       hooks_lib.ProfileHook(

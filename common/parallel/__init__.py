@@ -11,6 +11,7 @@ _EXPORTS = {
   "replicated": "common.parallel.mesh",
   "on_device": "common.parallel.mesh",
   "local_mesh": "common.parallel.mesh",
+  "check_same": "common.parallel.mesh",
   "gather_texts": "common.parallel.mesh",
   "from_host": "common.parallel.mesh",
   "to_host": "common.parallel.mesh",

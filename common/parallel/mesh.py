@@ -1,5 +1,6 @@
 """Meshes with the axes data, fsdp, model and seq, and what stands on them."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 
 AXES = ("data", "fsdp", "model", "seq")
 
@@ -170,6 +171,28 @@ def to_host(tree: Any) -> Any:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
   return jax.tree.map(fetch, tree)
+
+
+def check_same(content: bytes, what: str) -> None:
+  """Raises where a process has something else than the others.
+
+  Args:
+    content: of this process; a hash of it is compared.
+    what: it is, in the plural, for the error.
+
+  Raises:
+    RunError: on every process, with all hashes.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  digest = hashlib.blake2b(content, digest_size=8).digest()
+  mine = np.frombuffer(digest, np.int32)
+  found = np.asarray(multihost_utils.process_allgather(mine))
+  if (found != mine).any():
+    hashes = ", ".join(row.tobytes().hex() for row in found)
+    raise RunError(f"processes differ in their {what}; the hashes are {hashes}")
 
 
 def gather_texts(texts: Sequence[str]) -> list[str]:

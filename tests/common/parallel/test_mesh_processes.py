@@ -5,15 +5,41 @@ import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from common.parallel import gather_texts, local_mesh
+from common.errors import RunError
+from common.hooks import SameEverywhere
+from common.metrics import Mean
+from common.parallel import check_same, gather_texts, local_mesh
+from common.train import StepInfo
 
 whole = ["eins", "ä" * 100, "zwei\\n", "", "drei"]
 assert gather_texts(whole[jax.process_index() :: 2]) == whole
 assert gather_texts([]) == []
 devices = set(local_mesh().devices.flat)
 assert devices == set(jax.local_devices()) and len(devices) == 2
+
+check_same(b"equal", "letters")
+try:
+  check_same(bytes([jax.process_index()]), "letters")
+except RunError as error:
+  assert "processes differ in their letters" in str(error)
+else:
+  raise AssertionError("the difference was not seen")
+
+hook = SameEverywhere(2, ["draw"], "draws")
+def step(number, draw):
+  mean = Mean.of(jax.numpy.float32(draw))
+  other = Mean.of(jax.numpy.float32(jax.process_index()))
+  hook(StepInfo(number, None, {"draw/0": mean, "seconds": other}, None))
+for number in (1, 2, 3):
+  step(number, number)
+try:
+  step(4, jax.process_index())
+except RunError as error:
+  assert "in their draws of steps 3 to 4" in str(error)
+else:
+  raise AssertionError("the difference was not seen")
 """
 
 
-def test_texts_that_were_dealt_out_come_back_in_their_order(run_script_twice):
+def test_they_deal_out_and_collect_texts_and_compare_what_must_be_equal(run_script_twice):
   run_script_twice(SCRIPT)
