@@ -41,5 +41,5 @@ else:
 """
 
 
-def test_they_deal_out_and_collect_texts_and_compare_what_must_be_equal(run_script_twice):
+def test_they_collect_texts_and_compare_what_must_be_equal(run_script_twice):
   run_script_twice(SCRIPT)
