@@ -1,29 +1,18 @@
-"""One entry for every project: workdir, logs, devices, exit statuses.
+"""One entry for every project: workdir, logs, devices.
 
 A project's `main.py` hands its function to `run`. A verb with flags of its
-own takes `common.flags.Parser` for them and `call` for the exit status:
-
-  0    done
-  1    failed, with a traceback (a full disk, a loss that is not finite: a line)
-  2    bad configuration or input, one line `error: ...`
-  130  interrupted from the keyboard
-  143  preempted, after saving
+own takes `common.flags.Parser` for them and `call` for the exit status; what
+that means stands in `common.ending`.
 
 Nothing here imports jax before the flags are known to be right, so `--help`
 and refusals come at once.
 """
 
 import argparse
-import contextlib
-import errno
-import logging
 import os
-import signal
 import sys
 import tempfile
-import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from absl import flags as absl_flags
@@ -31,8 +20,9 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
-from common.errors import Preempted, RunError, UserError
-from common.logs import logging_to, one_line, quiet_libraries
+from common.ending import call, leave, preemptible
+from common.errors import Preempted, UserError
+from common.logs import logging_to
 
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
@@ -106,103 +96,13 @@ def run(
     workdir = make_workdir(args.workdir or _default_workdir(args.config, verb))
     config_lib.check_kind(workdir, config)
     _start_jax(args, config)
-    with logging_to(workdir, own={"common", name, "__main__"}):
+    with (
+      logging_to(workdir, own={"common", name, "__main__"}),
+      preemptible(),
+    ):
       main(config, workdir)
 
   leave(call(start), at_once=is_process)
-
-
-def call(function: Callable[[], Any]) -> int:
-  """Calls `function` and returns the exit status that its end means."""
-  quiet_libraries()
-  try:
-    with _quiet_threads():
-      function()
-  except UserError as error:
-    return _say(2, f"error: {one_line(error)}")
-  except RunError as error:
-    return _say(1, f"error: {one_line(error)}")
-  except Preempted as error:
-    return _say(143, one_line(error))
-  except KeyboardInterrupt:
-    return _say(130, "interrupted")
-  except Exception as error:
-    full = [e for e in _chain(error) if _is_disk_full(e)]
-    # While everything is closed others follow, which know no place.
-    placed = [e for e in full if getattr(e, "filename", None)]
-    if full:
-      return _say(1, f"error: {one_line((placed or full)[-1])}")
-    traceback.print_exc()
-    return 1
-  return 0
-
-
-def _say(status: int, line: str) -> int:
-  print(line, file=sys.stderr)
-  return status
-
-
-@contextlib.contextmanager
-def _quiet_threads() -> Iterator[None]:
-  """Keeps from the terminal what writers' threads say of a full disk, and
-  tensorstore's of the event loop of a save or a restore that has failed.
-
-  Both come to the main thread as an error, which ends in one line.
-  """
-  before = threading.excepthook, sys.unraisablehook
-
-  def in_thread(args: threading.ExceptHookArgs) -> None:
-    if not any(map(_is_disk_full, _chain(args.exc_value))):
-      before[0](args)
-
-  def stray(args: Any) -> None:
-    if issubclass(args.exc_type, KeyboardInterrupt):
-      # It came where errors go nowhere, such as in a callback of the garbage
-      # collector: again, when that is left.
-      own = threading.main_thread().ident
-      again = signal.pthread_kill, (own, signal.SIGINT)
-      threading.Timer(0.05, *again).start()
-    elif str(args.exc_value) != "Event loop is closed":
-      before[1](args)
-
-  threading.excepthook, sys.unraisablehook = in_thread, stray
-  try:
-    yield
-  finally:
-    threading.excepthook, sys.unraisablehook = before
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  while error is not None:
-    yield error
-    error = error.__cause__ or error.__context__
-
-
-def _is_disk_full(error: BaseException) -> bool:
-  # The checkpoint's storage layer reports a full disk as a ValueError that
-  # holds the system's text, not as an OSError.
-  is_full = getattr(error, "errno", None) == errno.ENOSPC
-  return is_full or os.strerror(errno.ENOSPC) in str(error)
-
-
-def leave(status: int, *, at_once: bool = True) -> NoReturn:
-  """Exits; a process that fails while jax is at work does so at once.
-
-  Exit handlers would wait for other processes, which may be waiting in a
-  collective for this one: gone without a word, it takes them along. And they
-  would take the backend from under computations that an interrupt has left
-  running.
-
-  Args:
-    status: of the exit.
-    at_once: False where the interpreter is somebody else's.
-  """
-  if at_once and status not in (0, 143) and "jax" in sys.modules:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  sys.exit(status)
 
 
 def _make_parser(

@@ -10,7 +10,6 @@ process killed at any instant leaves a `*.orbax-checkpoint-tmp` folder, which
 nobody reads and the next run removes.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from common import files
 from common.errors import UserError
 from common.state import TrainState
 
@@ -256,11 +256,11 @@ class Checkpointer:
       self._manager.close()
 
   def _readable_errors(self):
-    return _DiskErrors(self.directory)
+    return _StorageErrors(self.directory)
 
 
-class _DiskErrors:
-  """Turns a writer's errors about a full disk into one OSError."""
+class _StorageErrors:
+  """Turns what storage refuses a writer into one OSError."""
 
   def __init__(self, directory: str):
     self._directory = directory
@@ -269,14 +269,12 @@ class _DiskErrors:
     return self
 
   def __exit__(self, kind, error, trace):
-    if error is not None and (
-      getattr(error, "errno", None) == errno.ENOSPC
-      or "No space left on device" in str(error)
-    ):
+    code = None if error is None else files.storage_error(error)
+    if code is not None:
       raise OSError(
-        errno.ENOSPC,
-        "no space left while saving a checkpoint; free some and start again: "
-        "the checkpoints already there are whole",
+        code,
+        f"{os.strerror(code)} while saving a checkpoint; mend it and start "
+        "again: the checkpoints already there are whole",
         self._directory,
       ) from error
     return False

@@ -1,10 +1,34 @@
 """Files that a reader sees whole, whenever the writer is killed."""
 
+import errno
 import json
+import os
 import pathlib
 from typing import Any
 
 from common.errors import UserError
+
+# What storage refuses, whatever a program does.
+_REFUSALS = (
+  errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+  errno.ESTALE,
+)  # fmt: skip
+
+
+def storage_error(error: BaseException) -> int | None:
+  """The `errno` of an error that says that storage has refused something.
+
+  Such as a full disk, or a folder that cannot be written any more. The storage
+  layer of checkpoints reports them as errors that hold the system's text, not
+  as OSErrors.
+  """
+  if isinstance(error, OSError) and error.errno in _REFUSALS:
+    return error.errno
+  text = str(error)
+  for code in _REFUSALS:
+    if os.strerror(code) in text:
+      return code
+  return None
 
 
 def replace(path: Any, content: bytes | str) -> None:

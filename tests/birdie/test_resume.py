@@ -269,7 +269,10 @@ def test_a_full_disk_is_one_line(commanded, tmp_path):
     run = start(small / "run", commanded)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1
-    assert "no space left while saving a checkpoint" in errors.splitlines()[-1]
+    assert (
+      "No space left on device while saving a checkpoint"
+      in errors.splitlines()[-1]
+    )
     assert "Traceback" not in errors
   finally:
     subprocess.run(["umount", str(small)], check=True)

@@ -310,6 +310,11 @@ def test_an_edited_config_file_is_read_again(run, folder):
       "error: [Errno 28] No space left on device: 'metrics.jsonl'\n",
     ),
     (
+      OSError(errno.EROFS, os.strerror(errno.EROFS), "metrics.jsonl"),
+      1,
+      "error: [Errno 30] Read-only file system: 'metrics.jsonl'\n",
+    ),
+    (
       ValueError("RESOURCE_EXHAUSTED: No space left on device [a/b]"),
       1,
       "error: RESOURCE_EXHAUSTED: No space left on device [a/b]\n",
@@ -450,13 +455,23 @@ def killing(*processes):
       process.kill()
 
 
-def test_as_a_process_ctrl_c_is_one_line(folder):
+@pytest.mark.parametrize(
+  ("number", "status", "line"),
+  [
+    (signal.SIGINT, 130, "interrupted\n"),
+    (
+      signal.SIGTERM, 143,
+      "preempted: the same command goes on from what is saved\n",
+    ),
+  ],
+)  # fmt: skip
+def test_a_signal_to_a_process_is_one_line(folder, number, status, line):
   process = start(folder, "--config=configs/toy.py", "--config.name=sleep")
   assert process.stdout.readline() == f"1 0.001 {folder}/runs/toy\n"
-  process.send_signal(signal.SIGINT)
+  process.send_signal(number)
   with killing(process):
     _, err = process.communicate(timeout=30)
-  assert (process.returncode, err) == (130, "interrupted\n")
+  assert (process.returncode, err) == (status, line)
 
 
 def test_ctrl_c_in_a_destructor_counts(folder):

@@ -1,6 +1,8 @@
 """Checkpoints: whole or not there, on any mesh, never overwritten."""
 
 import dataclasses
+import errno
+import os
 import pathlib
 
 import chex
@@ -196,12 +198,17 @@ def test_missing_parameters_are_one_line(tmp_path, mesh, step, message):
     load_params(directory, step=step)
 
 
-def test_a_full_disk_is_one_os_error(tmp_path, mesh, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_storage_refuses_is_one_os_error(
+  tmp_path, mesh, monkeypatch, code
+):
   checkpointer = Checkpointer(tmp_path / "c")
 
-  def full(*_, **__):
-    raise ValueError("[Errno 28] No space left on device: while writing")
+  def refuse(*_, **__):
+    raise ValueError(f"[Errno {code}] {os.strerror(code)}: while writing")
 
-  monkeypatch.setattr(checkpointer._manager, "save", full)
-  with pytest.raises(OSError, match=r"no space left .* are whole"):
+  monkeypatch.setattr(checkpointer._manager, "save", refuse)
+  message = f"{os.strerror(code)} while saving .* are whole"
+  with pytest.raises(OSError, match=message) as caught:
     checkpointer.save(1, make_state(1, mesh), None)
+  assert caught.value.errno == code
