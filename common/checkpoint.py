@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from common import files
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.state import TrainState
 
 PyTree = Any
@@ -260,7 +260,9 @@ class Checkpointer:
 
 
 class _StorageErrors:
-  """Turns what storage refuses a writer into one OSError."""
+  """Turns what storage refuses a writer into one OSError, and what it does not
+  answer into one RunError.
+  """
 
   def __init__(self, directory: str):
     self._directory = directory
@@ -276,6 +278,12 @@ class _StorageErrors:
         f"{os.strerror(code)} while saving a checkpoint; mend it and start "
         "again: the checkpoints already there are whole",
         self._directory,
+      ) from error
+    if isinstance(error, TimeoutError):
+      raise RunError(
+        f"a checkpoint in {self._directory} was not saved in time: storage does "
+        "not answer, or the clock has jumped; start again: the checkpoints "
+        "already there are whole"
       ) from error
     return False
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from common.checkpoint import Checkpointer, checkpoint_steps, load_params
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.parallel import make_mesh, shardings
 from common.state import TrainState
 
@@ -212,3 +212,16 @@ def test_what_storage_refuses_is_one_os_error(
   with pytest.raises(OSError, match=message) as caught:
     checkpointer.save(1, make_state(1, mesh), None)
   assert caught.value.errno == code
+
+
+def test_a_save_that_is_not_answered_is_one_run_error(
+  tmp_path, mesh, monkeypatch
+):
+  checkpointer = Checkpointer(tmp_path / "c")
+
+  def hang():
+    raise TimeoutError("timed out after 300 seconds")
+
+  monkeypatch.setattr(checkpointer._manager, "wait_until_finished", hang)
+  with pytest.raises(RunError, match="not saved in time"):
+    checkpointer.wait()
