@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 240.0  # seconds in which processes have to end by themselves
-# Runs a module whose wall clock jumps once, at a random moment, by up to a year,
-# forward or back.
+# Runs a module whose wall clock jumps once, at a random moment, by up to a
+# year, forward or back.
 JUMPING_CLOCK = """
 import random, runpy, sys, time
 real, start = time.time, time.monotonic()

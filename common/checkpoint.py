@@ -281,9 +281,9 @@ class _StorageErrors:
       ) from error
     if isinstance(error, TimeoutError):
       raise RunError(
-        f"a checkpoint in {self._directory} was not saved in time: storage does "
-        "not answer, or the clock has jumped; start again: the checkpoints "
-        "already there are whole"
+        f"a checkpoint in {self._directory} was not saved in time: storage "
+        "does not answer, or the clock has jumped; start again: the "
+        "checkpoints already there are whole"
       ) from error
     return False
 
