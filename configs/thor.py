@@ -5,6 +5,7 @@ Variants, to be combined with commas (`configs/thor.py:smoke,switch`):
   (none)      Unicode's locale data in eight languages; minutes on a laptop
   smoke       the same code path in less than a minute
   small       little text, to compare methods on: see `thor.compare`
+  paper       the published script, which is iwslt14
   iwslt14     the published script for IWSLT'14 De-En
   wmt16_en_de_big
               fairseq's recipe for the big model on WMT'16 En-De, with experts
@@ -392,6 +393,7 @@ def _one_pass(kind: str):
 VARIANTS = {
   "smoke": smoke,
   "small": small,
+  "paper": iwslt14,
   "iwslt14": iwslt14,
   "wmt16_en_de_big": wmt16_en_de_big,
   "multilingual_big": multilingual_big,

@@ -233,6 +233,22 @@ def test_sharded_values_gradients_and_traffic(name, sizes):
     assert not [shape for shape in gathered if shape.startswith(f"{E},")]
 
 
+@pytest.mark.parametrize("name", ["selected", "grouped"])
+def test_half_precision_on_a_mesh(name):
+  """Sums between devices in bfloat16, next to an axis that takes no part."""
+  form, x, _ = forms()[name]
+  half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (stack(), x))
+  with jax.set_mesh(make_mesh({"fsdp": 4, "model": 2})):
+    run = jax.jit(functools.partial(value_and_gradients, form, PLACEMENT))
+    (_, out), (gradient, _) = run(*half)
+  (_, expected), (wanted, _) = unsharded(name)
+  for found, like in ((out, expected), *zip(
+    jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True
+  )):  # fmt: skip
+    error = np.linalg.norm(np.float32(found) - like) / np.linalg.norm(like)
+    assert error < 0.1
+
+
 def test_one_program_for_all_experts_on_a_mesh():
   """Of three experts, which eight devices need not divide."""
   x = tokens(16)
