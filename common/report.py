@@ -245,7 +245,7 @@ def _read_json(path: Any) -> dict[str, Any]:
         "it holds several runs; name one, or repeat the command that made it"
       )
     raise UserError(f"{path} is missing: {hint}") from None
-  except ValueError as error:
+  except files.JSON_ERRORS as error:
     raise UserError(f"{path} is damaged: {error}") from None
   if not isinstance(content, dict):
     raise UserError(f"{path} is damaged: it holds no object")

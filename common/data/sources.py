@@ -18,6 +18,7 @@ from typing import Any
 
 from common.data import python_docs
 from common.errors import UserError
+from common.files import JSON_ERRORS
 
 KINDS = ("python_docs", "tfds", "array_record", "jsonl", "text")
 # Records read at once: one by one they come ten times slower.
@@ -203,9 +204,10 @@ def encodable(text: str, place: str) -> str:
 
 def json_record(data: bytes, place: str) -> dict[str, Any]:
   """A JSON object; `UserError` with its place for anything else."""
+  text = decode(data, place)
   try:
-    record = json.loads(decode(data, place))
-  except json.JSONDecodeError as error:
+    record = json.loads(text)
+  except JSON_ERRORS as error:
     raise UserError(f"{place}: not JSON: {error}") from error
   if not isinstance(record, dict):
     raise UserError(f"{place}: not a JSON object")
