@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.data.sources import find_files, json_record, record_source
+from common.data.tfds_files import check_tfds
 from common.errors import UserError
 from slimsam.annotations import (
   check_on_error,
@@ -189,10 +190,12 @@ class TfdsSa1b(Source):
 
   def read(self, i: int) -> Sample:
     """Sample i; raises `UserError` for a record that cannot be decoded."""
+    from PIL.Image import DecompressionBombError
+
     number = self.keep[i]
     try:
       record = self.records[number]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DecompressionBombError) as error:
       raise UserError(
         f"{_TFDS_NAME}: record {number} cannot be decoded: "
         f"{str(error).splitlines()[0]}: prepare the data set again"
@@ -237,6 +240,7 @@ def tfds_sa1b(
   check_on_error(on_error)
   tfds = importlib.import_module("tensorflow_datasets")
   folder = os.path.expanduser(data_dir) if data_dir else None
+  check_tfds(_TFDS_NAME, folder)
   builder = tfds.builder(_TFDS_NAME, data_dir=folder)
   if not builder.is_prepared():
     raise UserError(_how_to_prepare(str(builder.data_dir), data_dir))

@@ -92,9 +92,11 @@ class RecordExamples(Sequence):
     return len(self.records)
 
   def __getitem__(self, i: int) -> Example:  # type: ignore[override]
+    from PIL.Image import DecompressionBombError
+
     try:
       record = self.records[i]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DecompressionBombError) as error:
       raise UserError(
         f"{self.name}: record {i} cannot be decoded: "
         f"{str(error).splitlines()[0]}: prepare the data set again"

@@ -18,6 +18,7 @@ from typing import Any
 
 from common.data import python_docs
 from common.data.folders import FOLLOW_LINKS, Inside
+from common.data.tfds_files import check_tfds
 from common.errors import UserError
 from common.files import JSON_ERRORS
 
@@ -329,6 +330,7 @@ def _tfds_builder(cfg: Any) -> Any:
   if name == python_docs.NAME:
     return python_docs.builder(directory)
   tfds = importlib.import_module("tensorflow_datasets")
+  check_tfds(name, directory)
   try:
     builder = tfds.builder(name, data_dir=directory)
   except (ValueError, ImportError, OSError, AttributeError) as error:
