@@ -199,16 +199,26 @@ def _config_section(config: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table; numbers stand to the right of their columns."""
+  """A table; numbers stand to the right of their columns.
+
+  Cells may hold what data sets call their parts, and sentences of them: what
+  would be HTML, a link or an image is shown as it is written.
+  """
 
   def line(cells: Sequence[str]) -> str:
-    cells = [" ".join(cell.replace("|", r"\|").split()) for cell in cells]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(_cell, cells))} |"
 
   # Numbers to the right: every column but the first, if there are many.
   right = "---:" if len(header) > 2 else "---"
   ruler = f"|{'|'.join(['---', *[right] * (len(header) - 1)])}|"
   return "\n".join([line(header), ruler, *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+  text = " ".join(text.replace("|", r"\|").split())
+  if re.fullmatch("`[^`]*`", text):  # code, in which nothing means anything
+    return text
+  return text.replace("<", "&lt;").replace("](", r"]\(")
 
 
 def number(value: float) -> str:
