@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
+from common.addresses import bind_address
 from common.errors import Preempted, RunError, UserError
 from common.logs import logging_to, one_line, quiet_libraries
 
@@ -332,7 +333,10 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if args.coordinator is not None:
     jax.distributed.initialize(
-      args.coordinator, args.num_processes, args.process_id
+      args.coordinator,
+      args.num_processes,
+      args.process_id,
+      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
     )
   elif args.distributed or (args.distributed is None and _is_cluster()):
     jax.distributed.initialize()
