@@ -17,6 +17,7 @@ sequential loop, the other such form, would launch p steps after one another.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -123,6 +124,10 @@ def export(
     run.model, run.params, platforms=platforms, length=length, capacity=capacity
   )
   vocab = run.vocab
+  made = {
+    _FILES[name]: bytes(program.serialize())
+    for name, program in programs.items()
+  }
   manifest = {
     "format": FORMAT,
     "jax": jax.__version__,
@@ -144,6 +149,7 @@ def export(
     "programs": {
       name: {
         "file": _FILES[name],
+        "hash": _hash(made[_FILES[name]]),
         "inputs": _shapes(program.in_tree, program.in_avals, skip="params"),
         "outputs": _shapes(program.out_tree, program.out_avals),
       }
@@ -151,11 +157,11 @@ def export(
     },
   }
   text = json.dumps(manifest, indent=2) + "\n"
-  made = {
-    _FILES[name]: bytes(program.serialize())
-    for name, program in programs.items()
-  }
   return made | {_MANIFEST: text.encode()}
+
+
+def _hash(data: bytes) -> str:
+  return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def make_programs(
@@ -270,9 +276,12 @@ class Exported:
 def load_exported(folder: str | os.PathLike[str]) -> Exported:
   """Reads what `birdie.export` wrote; no code of a model is run.
 
+  The programs themselves are code, and jax's reader of them is not made for
+  files that somebody has tampered with: load them from whom you trust.
+
   Raises:
-    UserError: for files that are missing, of another version, or programs that
-      do not run on this platform.
+    UserError: for files that are missing, damaged or of another version, or
+      programs that do not run on this platform.
   """
   import jax
   import jax.numpy as jnp
@@ -297,11 +306,7 @@ def load_exported(folder: str | os.PathLike[str]) -> Exported:
     )
   programs = {}
   for name in _FILES:
-    file = path / _FILES[name]
-    try:
-      data = bytearray(file.read_bytes())
-    except OSError as error:
-      raise UserError(f"{file}: {error.strerror}") from error
+    data = _program(path / _FILES[name], manifest["programs"][name])
     programs[name] = jax.jit(jax.export.deserialize(data).call)
   params: dict[str, Any] = {}
   for name, array in read_weights(str(path / WEIGHTS)).items():
@@ -311,6 +316,18 @@ def load_exported(folder: str | os.PathLike[str]) -> Exported:
       place = place.setdefault(parent, {})
     place[leaf] = jnp.asarray(array)
   return Exported(manifest, params, **programs)
+
+
+def _program(file: pathlib.Path, facts: dict[str, Any]) -> bytearray:
+  """A program's bytes; jax would crash on damaged ones."""
+  try:
+    data = file.read_bytes()
+  except OSError as error:
+    raise UserError(f"{file}: {error.strerror}") from error
+  # Programs of versions before have no hash.
+  if _hash(data) != facts.get("hash", _hash(data)):
+    raise UserError(f"{file} is not what {_MANIFEST} says: copy it again")
+  return bytearray(data)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import numpy as np
 
 from birdie.objectives import NotEnough
 from birdie.problems import Problem, Scores, Task
+from common import files
 from common.errors import UserError
 from common.rngs import np_rng
 
@@ -321,5 +322,6 @@ def _parse(path: str, text: str, number: int | None = None) -> Any:
   except json.JSONDecodeError as error:
     line = number or error.lineno
     raise UserError(f"{path}, line {line}: no JSON: {error.msg}") from None
-  except RecursionError:
-    raise UserError(f"{path}: no JSON: nested too deeply") from None
+  except files.JSON_ERRORS as error:
+    place = path if number is None else f"{path}, line {number}"
+    raise UserError(f"{place}: no JSON: {error}") from None

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 # Keys that may change when a run is resumed: the batches stay the same, and so
 # do all numbers, but for the order of sums on another mesh.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
-        "data.prefetch", "mesh")  # fmt: skip
+        "data.prefetch", "data.source.follow_links", "mesh")  # fmt: skip
 
 
 def make_loss_fn(

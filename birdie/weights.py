@@ -184,19 +184,23 @@ def read_config(folder: str | os.PathLike[str]) -> Any:
       f"{os.fspath(folder)}: format={config.format!r} is not read here, only "
       f"{FORMAT!r}: convert the run with this version"
     )
-  saved = config.to_dict()
+  file, saved = os.path.join(folder, config_lib.FILE_NAME), config.to_dict()
   try:
     tokenizer, model = saved.pop("tokenizer"), saved.pop("model")
     saved["fingerprint"] = tokenizer.pop("fingerprint")
     training = saved.pop("training")
     for name in ("step", "vocabulary", "metrics"):
       saved[name]
-    if tokenizer["path"]:
-      tokenizer["path"] = os.path.join(folder, tokenizer["path"])
+    path = tokenizer["path"]
   except KeyError as error:
-    raise UserError(
-      f"{os.path.join(folder, config_lib.FILE_NAME)} lacks {error}"
-    ) from None
+    raise UserError(f"{file} lacks {error}") from None
+  if path:
+    if os.path.basename(path) != path:
+      raise UserError(
+        f"{file}: tokenizer.path={path!r} is no file of this folder: name one "
+        "that lies in it"
+      )
+    tokenizer["path"] = os.path.join(folder, path)
   settings = {"model": model, "tokenizer": tokenizer, _SAVED: saved}
   return config_lib.ConfigDict(training | settings)
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
+from common.addresses import bind_address
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, UserError
 from common.logs import logging_to
@@ -264,7 +265,10 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
   _use_cache(config)
   if args.coordinator is not None:
     jax.distributed.initialize(
-      args.coordinator, args.num_processes, args.process_id
+      args.coordinator,
+      args.num_processes,
+      args.process_id,
+      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
     )
   elif args.distributed or (args.distributed is None and _is_cluster()):
     jax.distributed.initialize()

@@ -262,7 +262,7 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise UserError(
       f"no run in {os.fspath(workdir)!r}: it holds no {FILE_NAME}"
     ) from None
-  except (ValueError, TypeError, AttributeError) as error:
+  except (*files.JSON_ERRORS, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from None
 
 

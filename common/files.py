@@ -8,6 +8,10 @@ from typing import Any
 
 from common.errors import UserError
 
+# What `json.loads` raises: numbers of thousands of digits and brackets in
+# brackets are no `JSONDecodeError`.
+JSON_ERRORS = (ValueError, RecursionError)
+
 # What storage refuses, whatever a program does.
 _REFUSALS = (
   errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -60,7 +64,7 @@ def read_json(file: Any) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{file}: {error.strerror}") from None
-  except ValueError as error:
+  except JSON_ERRORS as error:
     raise UserError(f"{file} is not JSON: {error}") from None
   if not isinstance(content, dict):
     raise UserError(f"{file} holds no object of keys and values")

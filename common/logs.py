@@ -3,17 +3,22 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 from common.errors import Preempted, RunError, UserError
 
 log = logging.getLogger(__name__)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def one_line(error: BaseException) -> str:
-  """Returns an error's text without line breaks."""
-  return " ".join(str(error).split())
+  """Returns an error's text without line breaks.
+
+  Names of files come from anybody, and a terminal obeys control characters.
+  """
+  return _CONTROL.sub("\ufffd", " ".join(str(error).split()))
 
 
 def _is_fatal(record: logging.LogRecord) -> bool:

@@ -210,6 +210,6 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
   for number, line in enumerate(text.splitlines(), start=1):
     try:
       lines.append(json.loads(line))
-    except json.JSONDecodeError:
+    except files.JSON_ERRORS:
       log.warning("%s: line %d is torn and left out", path, number)
   return lines

@@ -199,16 +199,26 @@ def _config_section(config: Any) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table; numbers stand to the right of their columns."""
+  """A table; numbers stand to the right of their columns.
+
+  Cells may hold what data sets call their parts, and sentences of them: what
+  would be HTML, a link or an image is shown as it is written.
+  """
 
   def line(cells: Sequence[str]) -> str:
-    cells = [" ".join(cell.replace("|", r"\|").split()) for cell in cells]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(_cell, cells))} |"
 
   # Numbers to the right: every column but the first, if there are many.
   right = "---:" if len(header) > 2 else "---"
   ruler = f"|{'|'.join(['---', *[right] * (len(header) - 1)])}|"
   return "\n".join([line(header), ruler, *map(line, rows)])
+
+
+def _cell(text: str) -> str:
+  text = " ".join(text.replace("|", r"\|").split())
+  if re.fullmatch("`[^`]*`", text):  # code, in which nothing means anything
+    return text
+  return text.replace("<", "&lt;").replace("](", r"]\(")
 
 
 def number(value: float) -> str:
@@ -245,7 +255,7 @@ def _read_json(path: Any) -> dict[str, Any]:
         "it holds several runs; name one, or repeat the command that made it"
       )
     raise UserError(f"{path} is missing: {hint}") from None
-  except ValueError as error:
+  except files.JSON_ERRORS as error:
     raise UserError(f"{path} is damaged: {error}") from None
   if not isinstance(content, dict):
     raise UserError(f"{path} is damaged: it holds no object")

@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import pickle
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common import torch_files
+from common import numpy_files, torch_files
 from common.errors import UserError
 from common.logs import one_line
 
@@ -65,7 +64,9 @@ def _read_safetensors(path: str) -> dict[str, np.ndarray]:
   try:
     found = deserialize(pathlib.Path(path).read_bytes())
   except SafetensorError as error:
-    raise UserError(f"{path} is no safetensors file: {error}") from error
+    raise UserError(
+      f"{path} is no safetensors file ({one_line(error)}): fetch it again"
+    ) from error
   weights = {}
   for name, tensor in sorted(found, key=lambda pair: pair[0]):
     if tensor["dtype"] not in _DTYPES:
@@ -98,12 +99,15 @@ def _read_torch(path: str) -> dict[str, np.ndarray]:
 
 def _loaded(path: str) -> Any:
   """What a file of torch holds, with arrays for tensors."""
-  read = torch_files.read if torch_files.is_archive(path) else _by_torch(path)
   try:
-    return read(path)
+    if torch_files.is_archive(path):
+      return torch_files.read(path)
+    return _by_torch(path)
+  except UserError:
+    raise
   except (
-    pickle.UnpicklingError, zipfile.BadZipFile, LookupError, EOFError,
-    RuntimeError, OSError, ValueError, TypeError, AttributeError,
+    zipfile.BadZipFile, LookupError, EOFError, RuntimeError, OSError,
+    ValueError, TypeError, AttributeError, MemoryError,
   ) as error:  # fmt: skip
     raise UserError(
       f"{path} holds no plain tensors that can be read without running it "
@@ -111,8 +115,8 @@ def _loaded(path: str) -> Any:
     ) from error
 
 
-def _by_torch(path: str) -> Callable[[str], Any]:
-  """Reads files from before torch 1.6."""
+def _by_torch(path: str) -> Any:
+  """Reads a file from before torch 1.6."""
   try:
     import torch  # type: ignore
   except ImportError as error:
@@ -120,17 +124,23 @@ def _by_torch(path: str) -> Callable[[str], Any]:
       f"{path} is broken, or of torch 1.5 or earlier and needs torch: {_TORCH}"
     ) from error
 
+  left = torch_files.most_numbers(path)
+
   def plain(value: Any) -> Any:
+    nonlocal left
     if isinstance(value, dict):
       return {key: plain(own) for key, own in value.items()}
     if isinstance(value, torch.Tensor):
+      left -= value.numel()
+      if left < 0:
+        raise ValueError(torch_files.TOO_MANY)
       return value.detach().to(torch.float32).numpy()
     return value
 
-  def load(path: str) -> Any:
+  try:
     return plain(torch.load(path, map_location="cpu", weights_only=True))
-
-  return load
+  except Exception as error:  # torch's readers raise all kinds.
+    raise ValueError(str(error)) from error
 
 
 def check_safetensors(what: str) -> None:
@@ -195,16 +205,19 @@ def read_arrays(file: Any, like: Any, *, remedy: str) -> Any:
   from common.tree import names
 
   try:
-    with np.load(file, allow_pickle=False) as found:
-      arrays = dict(found)
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise UserError(f"{file} is not readable: {remedy}") from error
-  tensors = Tensors(
-    arrays, str(file), remedy=remedy, hint=lambda _: f"; {remedy}"
-  )
-  tree = jax.tree.map(
-    lambda name, leaf: tensors.take(name, leaf.shape), names(like), like
-  )
+    with numpy_files.open_npz(file) as arrays:
+      tensors = Tensors(
+        arrays, str(file), remedy=remedy, hint=lambda _: f"; {remedy}"
+      )
+      tree = jax.tree.map(
+        lambda name, leaf: tensors.take(name, leaf.shape), names(like), like
+      )
+  except UserError:
+    raise
+  except numpy_files.ERRORS as error:
+    raise UserError(
+      f"{file} is not readable ({one_line(error)}): {remedy}"
+    ) from error
   tensors.finish()
   return tree
 

@@ -113,7 +113,7 @@ class Workdir:
       return {}
     try:
       return json.loads(file.read_text())
-    except json.JSONDecodeError:  # never half-written by us: somebody's edit
+    except files.JSON_ERRORS:  # never half-written by us: somebody's edit
       raise UserError(f"{file} is not JSON; delete it to go on") from None
 
   def _check_facts(self, facts: Mapping[str, Any], pinned: tuple[str, ...]):

@@ -49,6 +49,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.source.name = ""  # TFDS name
   config.data.source.split = "train"  # TFDS split
   config.data.source.path = ""  # files, or a pattern
+  # Whether a pattern finds links too that lead out of its folder.
+  config.data.source.follow_links = False
   config.data.source.text_key = "text"
   config.data.source.separator = ""  # text files: what divides documents
   config.data.source.data_dir = ""  # TFDS; "" is TFDS's own default

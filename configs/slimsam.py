@@ -102,6 +102,8 @@ def _data() -> ConfigDict:
   config.source.start = 0
   config.source.limit = 0
   config.source.on_error = "error"  # error | skip
+  config.source.max_pixels = 0  # of an image file; 0: 179 million
+  config.source.follow_links = False  # that lead out of a folder of data
   config.source.valid = ConfigDict(
     {"kind": "", "length": 100, "path": "", "json_path": "", "images_dir": "",
      "start": 0, "limit": 0}

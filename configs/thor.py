@@ -148,6 +148,7 @@ def _source() -> ConfigDict:
   # The other kinds: split -> files, and what is done with odd pairs.
   config.splits = ConfigDict({"train": (), "valid": (), "test": ()})
   config.empty = "error"  # error | skip
+  config.follow_links = False  # of a pattern: that lead out of its folder
   config.max_ratio = 0.0
   config.max_length = 0
   config.source_key = ""

@@ -84,6 +84,8 @@ def _data() -> ConfigDict:
   config.source.severities = (1, 2, 3, 4, 5)
   config.source.duplicates = ""  # folder: a list of images to leave out
   config.source.unreadable = "error"  # folder: error | skip
+  config.source.max_pixels = 0  # folder: of an image; 0: 179 million
+  config.source.follow_links = False  # folder: links that lead out of it
   config.source.threads = 8  # folder: that look through the images at first
   config.source.names = ()  # tfds: a data set for each domain
   config.source.split = "train"  # tfds

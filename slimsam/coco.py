@@ -20,7 +20,7 @@ from slimsam.annotations import (
   parse_annotation,
   read_annotations,
 )
-from slimsam.listing import chosen, natural_order
+from slimsam.listing import chosen, inside, natural_order
 from slimsam.sources import Annotation, Sample, Source, fingerprint_of
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class Coco(Source):
     json_hash: of the file.
     entries: N images.
     on_error: what becomes of bad annotations; see `read_annotations`.
+    max_pixels: larger images are refused; 0: as `read_image` does by itself.
   """
 
   images_dir: str
@@ -58,6 +59,7 @@ class Coco(Source):
   json_hash: str
   entries: tuple[_Entry, ...]
   on_error: str
+  max_pixels: int = 0
   labelled = True
 
   def __len__(self) -> int:
@@ -68,7 +70,12 @@ class Coco(Source):
     entry = self.entries[i]
     path = os.path.join(self.images_dir, entry.name)
     # Masks are of the pixels as they are stored.
-    image = read_image(path, upright=False)
+    image = read_image(
+      path,
+      max_pixels=self.max_pixels or None,
+      key="data.source.max_pixels",
+      upright=False,
+    )
     if image.shape[:2] != entry.size:
       raise UserError(
         f"{path}: {image.shape[0]} x {image.shape[1]} pixels (height x width), "
@@ -97,6 +104,8 @@ def coco(
   *,
   start: int = 0,
   on_error: str = "error",
+  max_pixels: int = 0,
+  follow_links: bool = False,
 ) -> Coco:
   """Instances in COCO's format: masks by polygons or run lengths, and boxes.
 
@@ -108,9 +117,12 @@ def coco(
       annotations count.
     start: the first of them.
     on_error: "error" raises for bad annotations, "skip" leaves them out.
+    max_pixels: as `Coco` has it.
+    follow_links: also those that lead out of `images_dir`.
 
   Raises:
-    UserError: for data that is missing or bad, with its place.
+    UserError: for data that is missing or bad, with its place; for names of
+      images that lead out of the folder, and for links that do.
   """
   check_on_error(on_error)
   if not images_dir or not json_path:
@@ -130,14 +142,17 @@ def coco(
     number: images[number] for number in list(images)[keep.start : keep.stop]
   }
   entries = _entries(content, images, used, json_path)
+  fence = inside(images_dir, follow_links)
   for entry in entries:
-    if not os.path.isfile(os.path.join(images_dir, entry.name)):
+    place = os.path.join(images_dir, entry.name)
+    if not os.path.isfile(place):
       raise UserError(
-        f"{os.path.join(images_dir, entry.name)}: no such file, but "
-        f"{json_path} has it: data.source.images_dir names its folder"
+        f"{place}: no such file, but {json_path} has it: "
+        "data.source.images_dir names its folder"
       )
+    fence.check_file(place)
   digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-  return Coco(images_dir, json_path, digest, entries, on_error)
+  return Coco(images_dir, json_path, digest, entries, on_error, max_pixels)
 
 
 def _images(content: Raw, place: str) -> dict[int, Raw]:
@@ -161,6 +176,12 @@ def _check_image(image: Raw, place: str) -> None:
   for key, kind in (("id", int), ("file_name", str)):
     if not isinstance(image[key], kind):
       raise UserError(f"{place}: an image's {key} is {image[key]!r:.80}")
+  parts = pathlib.PurePath(image["file_name"])
+  if parts.is_absolute() or ".." in parts.parts:
+    raise UserError(
+      f"{place}: an image's file_name is {image['file_name']!r:.80}, which "
+      "leads out of data.source.images_dir: name images relative to it"
+    )
   for key in ("height", "width"):
     size = image[key]
     if not isinstance(size, int | float) or not size >= 1 or size % 1:

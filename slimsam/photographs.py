@@ -5,9 +5,9 @@ import importlib.util
 import os
 
 from common.config import did_you_mean
-from common.data.images import ENDINGS, image_files, read_image
+from common.data.images import ENDINGS, image_files
 from common.errors import UserError
-from slimsam.listing import Place, chosen, natural_order, whole_file
+from slimsam.listing import Place, chosen, inside, natural_order, whole_file
 from slimsam.sources import Sample, Source, fingerprint_of
 
 # package -> (what pip calls it, the photographs' folder in it)
@@ -37,10 +37,12 @@ class Images(Source):
   Attributes:
     names: N, of the samples.
     places: N, of the files.
+    max_pixels: larger images are refused; 0: as `read_image` does by itself.
   """
 
   names: tuple[str, ...]
   places: tuple[Place, ...]
+  max_pixels: int = 0
   labelled = False
 
   def __len__(self) -> int:
@@ -48,8 +50,8 @@ class Images(Source):
 
   def read(self, i: int) -> Sample:
     """Sample i; raises `UserError` for a file that is no image."""
-    place = self.places[i]
-    return Sample(self.names[i], read_image(place.read(), name=place.name), ())
+    image = self.places[i].image(self.max_pixels)
+    return Sample(self.names[i], image, ())
 
   @property
   def fingerprint(self) -> str:
@@ -58,21 +60,32 @@ class Images(Source):
     return fingerprint_of("images", *zip(self.names, sizes))
 
 
-def image_folder(path: str, limit: int = 0, *, start: int = 0) -> Images:
+def image_folder(
+  path: str,
+  limit: int = 0,
+  *,
+  start: int = 0,
+  max_pixels: int = 0,
+  follow_links: bool = False,
+) -> Images:
   """The images in a folder and below it, without masks.
 
   Args:
     path: the folder. Names that begin with a dot do not count.
     limit: so many, sorted by name, where a_2 comes before a_10; 0: all.
     start: the first of them.
+    max_pixels: as `Images` has it.
+    follow_links: also those that lead out of the folder.
 
   Raises:
-    UserError: for a folder that cannot be read, or holds no image.
+    UserError: for a folder that cannot be read, or holds no image; for links
+      out of it.
   """
   if not path:
     raise UserError("data.source.path is empty: name a folder of images")
   root = os.path.expanduser(path)
-  files = {os.path.relpath(file, root): file for file in image_files(root)}
+  found = image_files(root, inside=inside(root, follow_links))
+  files = {os.path.relpath(file, root): file for file in found}
   if not files:
     raise UserError(
       f"{root}: no image in this folder or below it (known endings: "
@@ -80,7 +93,8 @@ def image_folder(path: str, limit: int = 0, *, start: int = 0) -> Images:
     )
   names = sorted(files, key=natural_order)
   names = [names[i] for i in chosen(len(names), start, limit, place=root)]
-  return Images(tuple(names), tuple(whole_file(files[name]) for name in names))
+  places = tuple(whole_file(files[name]) for name in names)
+  return Images(tuple(names), places, max_pixels)
 
 
 def bundled(split: str) -> Images:

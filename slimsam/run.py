@@ -26,6 +26,7 @@ MODEL = "model"  # a finished training's, in its folder
 # but for the order of sums on another mesh.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
         "data.threads", "data.prefetch", "data.memory", "mesh", "export",
+        "data.source.max_pixels", "data.source.follow_links",
         "distill.cache_targets", "compare")  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.images import read_image
 from common.data.sources import find_files, json_record, record_source
+from common.data.tfds_files import check_tfds
 from common.errors import UserError
 from slimsam.annotations import (
   check_on_error,
@@ -46,10 +46,12 @@ class Sa1b(Source):
   Attributes:
     pairs: places of image and annotations.
     on_error: what becomes of bad annotations; see `read_annotations`.
+    max_pixels: larger images are refused; 0: as `read_image` does by itself.
   """
 
   pairs: tuple[tuple[Place, Place], ...]
   on_error: str
+  max_pixels: int = 0
   labelled = True
 
   def __len__(self) -> int:
@@ -59,8 +61,7 @@ class Sa1b(Source):
     """Sample i; raises `UserError` for files that are no image, no JSON."""
     image_place, json_place = self.pairs[i]
     # Masks are of the pixels as they are stored.
-    data = image_place.read()
-    image = read_image(data, name=image_place.name, upright=False)
+    image = image_place.image(self.max_pixels, upright=False)
     name = json_place.name
     entries = json_record(json_place.read(), name).get("annotations")
     if not isinstance(entries, list):
@@ -84,6 +85,8 @@ def sa1b(
   *,
   start: int = 0,
   on_error: str = "error",
+  max_pixels: int = 0,
+  follow_links: bool = False,
 ) -> Sa1b:
   """SA-1B, or one's own data in its format, from a folder or from tars.
 
@@ -96,23 +99,27 @@ def sa1b(
     on_error: "error" raises `UserError` for an image without annotations, for
       annotations without an image and for bad annotations; "skip" leaves them
       out and logs how many.
+    max_pixels: as `Sa1b` has it.
+    follow_links: also those that lead out of the folder, or out of that of a
+      pattern.
 
   Raises:
     UserError: for data that is missing or bad, with the file's name.
   """
   check_on_error(on_error)
   where = f"data.source.path={path!r}"
-  pairs = _pairs(_files(path), where, on_error)
+  pairs = _pairs(_files(path, follow_links), where, on_error)
   keep = chosen(len(pairs), start, limit, place=where)
   log.info("%s: %d images, %d used", where, len(pairs), len(keep))
-  return Sa1b(tuple(pairs[i] for i in keep), on_error)
+  return Sa1b(tuple(pairs[i] for i in keep), on_error, max_pixels)
 
 
-def _files(path: str | Sequence[str]) -> list[Place]:
+def _files(path: str | Sequence[str], follow_links: bool) -> list[Place]:
   folder = os.path.expanduser(path) if isinstance(path, str) else ""
   if folder and os.path.isdir(folder):
-    return list(files_below(folder))
-  tars = dict.fromkeys(map(os.path.abspath, find_files(path)))
+    return list(files_below(folder, follow_links=follow_links))
+  found = find_files(path, follow_links=follow_links)
+  tars = dict.fromkeys(map(os.path.abspath, found))
   return [member for tar in tars for member in tar_members(tar)]
 
 
@@ -183,10 +190,12 @@ class TfdsSa1b(Source):
 
   def read(self, i: int) -> Sample:
     """Sample i; raises `UserError` for a record that cannot be decoded."""
+    from PIL.Image import DecompressionBombError
+
     number = self.keep[i]
     try:
       record = self.records[number]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DecompressionBombError) as error:
       raise UserError(
         f"{_TFDS_NAME}: record {number} cannot be decoded: "
         f"{str(error).splitlines()[0]}: prepare the data set again"
@@ -231,6 +240,7 @@ def tfds_sa1b(
   check_on_error(on_error)
   tfds = importlib.import_module("tensorflow_datasets")
   folder = os.path.expanduser(data_dir) if data_dir else None
+  check_tfds(_TFDS_NAME, folder)
   builder = tfds.builder(_TFDS_NAME, data_dir=folder)
   if not builder.is_prepared():
     raise UserError(_how_to_prepare(str(builder.data_dir), data_dir))

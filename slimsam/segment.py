@@ -77,6 +77,7 @@ def make_parser() -> Parser:
     "--output", default="segmented", metavar="DIR", help="a folder (segmented)"
   )
   add("--dtype", default="float32", help="float32 or bfloat16 (float32)")
+  _add_limits(parser)
   own = parser.add_argument_group("with --everything")
   for name, kind, text in (
     ("points_per_side", int, "of the grid (32)"),
@@ -87,6 +88,22 @@ def make_parser() -> Parser:
   ):
     own.add_argument(f"--{name}", type=kind, metavar="N", help=text)
   return parser
+
+
+def _add_limits(parser: Parser) -> None:
+  """Flags for what is refused of images that others have made."""
+  parser.add_argument(
+    "--max_pixels",
+    type=int,
+    default=0,
+    metavar="N",
+    help="refuse larger images (0: more than 179 million)",
+  )
+  parser.add_argument(
+    "--follow_links",
+    action="store_true",
+    help="of a folder: also links that lead out of it",
+  )
 
 
 def _point(text: str) -> tuple[float, float, int]:
@@ -121,7 +138,7 @@ def main() -> None:
   for argument in rest:
     parser.refuse(argument)
   _check(parser, args)
-  jobs = _jobs(args.images)
+  jobs = _jobs(args.images, follow_links=args.follow_links)
   _check_output(args.output, jobs)
 
   logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -155,19 +172,22 @@ def _check(parser: Parser, args: Any) -> None:
       parser.error(f"--{name} goes with --everything")
 
 
-def _jobs(paths: Sequence[str]) -> list[_Job]:
+def _jobs(paths: Sequence[str], *, follow_links: bool) -> list[_Job]:
   """The images of files and folders.
 
   Raises:
-    UserError: for what is not there, and for two that would be written to the
-      same files.
+    UserError: for what is not there, for links out of a folder, and for two
+      that would be written to the same files.
   """
+  from common.data.folders import Inside
   from common.data.images import ENDINGS, image_files
 
   jobs = []
   for path in paths:
     if os.path.isdir(path):
-      files = image_files(path)
+      remedy = "give --follow_links"
+      inside = Inside(path, follow_links=follow_links, remedy=remedy)
+      files = image_files(path, inside=inside)
       if not files:
         raise UserError(f"{path} holds no images: {', '.join(ENDINGS)}")
       names = [os.path.relpath(file, path) for file in files]
@@ -299,7 +319,8 @@ def _do(
   """Segments an image and says so."""
   from common.data.images import read_image
 
-  image = read_image(job.path)
+  most = args.max_pixels or None
+  image = read_image(job.path, max_pixels=most, key="--max_pixels")
   try:
     records = answer(image)
   except UserError as error:

@@ -135,15 +135,16 @@ class _Kind(NamedTuple):
 
 
 _SOME, _DRAWN = ("start", "limit"), ("length", "size", "seed")
+_FILES = (*_SOME, "max_pixels", "follow_links")
 KINDS = {
-  "sa1b": _Kind("slimsam.sa1b", "sa1b", ("path",), (*_SOME, "on_error")),
+  "sa1b": _Kind("slimsam.sa1b", "sa1b", ("path",), (*_FILES, "on_error")),
   "tfds": _Kind(
     "slimsam.sa1b", "tfds_sa1b", ("data_dir",), (*_SOME, "on_error")
   ),
   "coco": _Kind(
-    "slimsam.coco", "coco", ("images_dir", "json_path"), (*_SOME, "on_error")
+    "slimsam.coco", "coco", ("images_dir", "json_path"), (*_FILES, "on_error")
   ),
-  "folder": _Kind("slimsam.photographs", "image_folder", ("path",), _SOME),
+  "folder": _Kind("slimsam.photographs", "image_folder", ("path",), _FILES),
   "bundled": _Kind("slimsam.photographs", "bundled", (), ()),
   "composite": _Kind(
     "slimsam.composite", "composite", (), (*_DRAWN, "objects")
@@ -174,6 +175,9 @@ def make_source(config: Mapping[str, Any], split: str) -> Source:
         [`photographs` {"kind": "bundled"}]: the config of another source.
       crops: random crops of photographs, without masks. `length`, `size`,
         `seed`, [`photographs`].
+      sa1b, coco and folder refuse images of more than [`max_pixels` 0: twice
+        what Pillow takes for safe, 179 million], and links that lead out of
+        their folder unless [`follow_links` False].
       Keys of other kinds do not count. The keys `train` and `valid` may hold
       what is different in that split, such as `{"start": 10000, "limit": 50}`;
       empty text and None stand for no difference. Crops and composites of two

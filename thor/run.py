@@ -140,7 +140,7 @@ def _facts(folder: str | os.PathLike[str]) -> dict[str, Any]:
   path = epath.Path(folder) / "facts.json"
   try:
     return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, *files.JSON_ERRORS) as error:
     raise UserError(f"{path} cannot be read: {error}") from None
 
 

@@ -54,6 +54,8 @@ def load_parallel(cfg: Any) -> ParallelText:
       empty: `error` refuses empty sentences, `skip` leaves out their pairs.
       max_ratio: leaves out of `train` pairs whose longer side has more than so
         many times the words of the other (1.5 for IWSLT); 0: none.
+      follow_links: whether patterns find links too that lead out of their
+        folder; else these are refused.
       max_length: leaves out of `train` pairs with a side of more words (175
         for IWSLT); 0: none. Words are what blanks separate.
       The kinds are
@@ -293,15 +295,19 @@ def read_lines(file: str) -> Iterator[tuple[int, str]]:
     raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
+def _found(cfg: Any, names: str | Sequence[str], key: str) -> list[str]:
+  follow_links = cfg.get("follow_links", False)
+  return find_files(names, key=key, follow_links=follow_links)
+
+
 def _text_parts(
   cfg: Any, key: str, what: Any, languages: Sequence[str]
 ) -> Iterator[_Part]:
-  del cfg
   for entry, language, names in _by_language(key, what, languages):
     if len(names) != 2:
       raise UserError(f"{entry}={names!r}: give two files, source and target")
     language = _told(entry, language, languages)
-    sources, targets = (find_files(name, key=entry) for name in names)
+    sources, targets = (_found(cfg, name, entry) for name in names)
     if len(sources) != len(targets):
       raise UserError(
         f"{entry}: {names[0]!r} stands for {len(sources)} files and "
@@ -329,9 +335,8 @@ def _aligned(
 def _tsv_parts(
   cfg: Any, key: str, what: Any, languages: Sequence[str]
 ) -> Iterator[_Part]:
-  del cfg
   for entry, language, names in _by_language(key, what, languages):
-    for file in find_files(names, key=entry):
+    for file in _found(cfg, names, entry):
       yield _Part(f"{file}:", f"{file}:", _tsv_rows(file, language, languages))
 
 
@@ -359,7 +364,7 @@ def _jsonl_parts(
   cfg: Any, key: str, what: Any, languages: Sequence[str]
 ) -> Iterator[_Part]:
   for entry, language, names in _by_language(key, what, languages):
-    for file in find_files(names, key=entry):
+    for file in _found(cfg, names, entry):
       rows = _json_rows(cfg, file, language, languages)
       yield _Part(f"{file}:", f"{file}:", rows)
 

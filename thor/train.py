@@ -57,7 +57,8 @@ log = logging.getLogger(__name__)
 # Keys that may change when a run is resumed: all numbers stay the same, but for
 # the order of sums on another mesh. (One that needs other batches is refused.)
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
-        "data.prefetch", "mesh", "translation")  # fmt: skip
+        "data.prefetch", "data.source.follow_links", "mesh",
+        "translation")  # fmt: skip
 
 _LEAST = {
   "num_steps": 1, "accum": 1, "data.token_budget": 1, "data.max_rows": 0,

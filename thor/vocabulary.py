@@ -436,7 +436,7 @@ def main() -> None:
   from common.data.sources import find_files
   from thor.sources import read_lines
 
-  names = find_files(args.input, key="--input")
+  names = find_files(args.input, key="--input", remedy="name the file itself")
   vocabulary = train_vocabulary(
     (line for name in names for _, line in read_lines(name)),
     args.size,

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from common import numpy_files
 from common.config import did_you_mean
 from common.errors import UserError
+from common.logs import one_line
 from udim.corruptions import SEVERITIES
 from udim.domains import (
   ArrayExamples,
@@ -146,9 +148,11 @@ def _from_tfds(cfg: Any, name: str, split: str) -> RecordExamples:
 def _load(file: str) -> np.ndarray:
   """A `.npy` file as a memory map."""
   try:
-    return np.load(file, mmap_mode="r")
-  except (OSError, ValueError, EOFError) as error:
-    reason = getattr(error, "strerror", None) or "no .npy file of an array"
+    return numpy_files.map_npy(file)
+  except numpy_files.ERRORS as error:
+    reason = getattr(error, "strerror", None) or (
+      f"no .npy file of an array ({one_line(error)})"
+    )
     raise UserError(
       f"{file}: {reason}: data.source.path needs CIFAR-10-C's .npy files, "
       "data.source.clean_path CIFAR-10's"

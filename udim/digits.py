@@ -32,7 +32,7 @@ LABEL_NOISE = 0.25
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
   """The images, float32 [1797, 8, 8, 1] in [0, 1], and labels, int32 [1797]."""
   path = pathlib.Path(__file__).parent / "assets" / "digits.npz"
-  with np.load(path) as data:
+  with np.load(path, allow_pickle=False) as data:
     images, labels = data["images"], data["labels"]
   return (images[..., None] / 16).astype(np.float32), labels.astype(np.int32)
 

@@ -92,9 +92,11 @@ class RecordExamples(Sequence):
     return len(self.records)
 
   def __getitem__(self, i: int) -> Example:  # type: ignore[override]
+    from PIL.Image import DecompressionBombError
+
     try:
       record = self.records[i]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DecompressionBombError) as error:
       raise UserError(
         f"{self.name}: record {i} cannot be decoded: "
         f"{str(error).splitlines()[0]}: prepare the data set again"
@@ -246,7 +248,10 @@ def load_domains(cfg: Any) -> DomainSet:
         [`severities` (1, 2, 3, 4, 5)].
       folder: `path` of a tree domain/class/image, such as DomainBed's PACS.
         [`duplicates` ""]: a file that lists images to leave out, one path a
-        line; [`unreadable` "error"]: or "skip"; [`threads` 8]: check images.
+        line; [`unreadable` "error"]: or "skip"; [`threads` 8]: check images;
+        [`max_pixels` 0]: larger images are refused, by default those of more
+        than twice what Pillow takes for safe, 179 million; [`follow_links`
+        False]: also those that lead out of `path`, which are refused else.
       tfds: prepared TFDS data sets. `names`: one with its config for each
         domain, such as ("domainnet/real", "domainnet/sketch"); `split`,
         [`data_dir` ""], [`image_key` "image"], [`label_key` "label"].

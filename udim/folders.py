@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.data import images
+from common.data.folders import FOLLOW_LINKS, Inside
 from common.errors import UserError
 from udim.domains import Domain, DomainSet, Example, fingerprint
 
@@ -39,17 +40,20 @@ class ImageFiles(Sequence):
     root: the data set's folder.
     files: [N] relative to it.
     labels: [N] integers.
+    max_pixels: see `read_image`.
   """
 
   root: str
   files: tuple[str, ...]
   labels: np.ndarray
+  max_pixels: int = 0
 
   def __len__(self) -> int:
     return len(self.files)
 
   def __getitem__(self, i: int) -> Example:  # type: ignore[override]
-    image = read_image(os.path.join(self.root, self.files[i]))
+    path = os.path.join(self.root, self.files[i])
+    image = read_image(path, max_pixels=self.max_pixels)
     return {"image": image, "label": int(self.labels[i])}
 
   @property
@@ -58,17 +62,23 @@ class ImageFiles(Sequence):
     return fingerprint(self.files, self.labels)
 
 
-def read_image(path: str) -> np.ndarray:
+def read_image(path: str, *, max_pixels: int = 0) -> np.ndarray:
   """Decodes an image file as uint8 [H, W, 3], as DomainBed does.
 
   Files are read as far as they go, and EXIF's orientation is not looked at;
   for the rest see `common.data.images.read_image`.
+
+  Args:
+    path: of the file.
+    max_pixels: larger images are refused; 0: as that function does by itself.
 
   Raises:
     UserError: for a file that is no image, with its name.
   """
   return images.read_image(
     path,
+    max_pixels=max_pixels or None,
+    key="data.source.max_pixels",
     upright=False,
     allow_truncated=True,
     remedy=(
@@ -82,7 +92,8 @@ def image_folders(cfg: Any) -> DomainSet:
   """The data set in a folder tree; see `load_domains`.
 
   Args:
-    cfg: `path`, [`duplicates`], [`unreadable`], [`threads`].
+    cfg: `path`, [`duplicates`], [`unreadable`], [`threads`], [`max_pixels`],
+      [`follow_links`].
 
   Raises:
     UserError: for a folder that cannot be read or has not this layout, domains
@@ -98,12 +109,14 @@ def image_folders(cfg: Any) -> DomainSet:
       f"data.source.unreadable={unreadable!r}: choose 'error' or 'skip'"
     )
   root = os.path.abspath(os.path.expanduser(cfg.path))
-  listing = list_images(root)
+  most = cfg.get("max_pixels", 0)
+  listing = list_images(root, follow_links=cfg.get("follow_links", False))
   check_classes(root, listing)
   listing = _leave_out(listing, _duplicates(cfg, root, listing))
   skipped: tuple[str, ...] = ()
   if unreadable == "skip":
-    skipped = find_unreadable(root, listing, threads=cfg.get("threads", 8))
+    threads = cfg.get("threads", 8)
+    skipped = find_unreadable(root, listing, threads=threads, max_pixels=most)
     listing = _leave_out(listing, set(skipped))
   check_images(root, listing)
   classes = tuple(next(iter(listing.values())))
@@ -111,29 +124,41 @@ def image_folders(cfg: Any) -> DomainSet:
     name=os.path.basename(root),
     classes=classes,
     domains=tuple(
-      Domain(name, _examples(root, files)) for name, files in listing.items()
+      Domain(name, _examples(root, files, most))
+      for name, files in listing.items()
     ),
     skipped=skipped,
   )
 
 
-def _examples(root: str, classes: dict[str, list[str]]) -> ImageFiles:
+def _examples(
+  root: str, classes: dict[str, list[str]], max_pixels: int
+) -> ImageFiles:
   counts = [len(files) for files in classes.values()]
   labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
   files = tuple(file for files in classes.values() for file in files)
-  return ImageFiles(root, files, labels)
+  return ImageFiles(root, files, labels, max_pixels)
 
 
-def list_images(root: str) -> Listing:
+def list_images(root: str, *, follow_links: bool = False) -> Listing:
   """The images under a folder of domains, in torchvision's order.
 
+  Args:
+    root: the folder.
+    follow_links: also those that lead out of it.
+
   Raises:
-    UserError: for a folder that cannot be read, or holds no folder.
+    UserError: for a folder that cannot be read, or holds no folder; for links
+      as `common.data.folders.walk` says.
   """
+  inside = Inside(root, follow_links=follow_links, remedy=FOLLOW_LINKS)
   listing: Listing = {}
   for domain in _folders(root, "domain"):
+    inside.check(os.path.join(root, domain))
     classes = _folders(os.path.join(root, domain), "class")
-    listing[domain] = {c: _images(root, f"{domain}/{c}") for c in classes}
+    listing[domain] = {
+      c: _images(root, f"{domain}/{c}", inside) for c in classes
+    }
   return listing
 
 
@@ -154,12 +179,11 @@ def _folders(path: str, what: str) -> list[str]:
   return found
 
 
-def _images(root: str, folder: str) -> list[str]:
+def _images(root: str, folder: str, inside: Inside) -> list[str]:
   """Image files in a folder and below it, relative to the root."""
   top = os.path.join(root, folder)
-  return [
-    f"{folder}/{file[len(top) + 1 :]}" for file in images.image_files(top)
-  ]
+  found = images.image_files(top, inside=inside)
+  return [f"{folder}/{file[len(top) + 1 :]}" for file in found]
 
 
 def check_classes(root: str, listing: Listing) -> None:
@@ -247,18 +271,18 @@ def _duplicates(cfg: Any, root: str, listing: Listing) -> set[str]:
 
 
 def find_unreadable(
-  root: str, listing: Listing, *, threads: int = 8
+  root: str, listing: Listing, *, threads: int = 8, max_pixels: int = 0
 ) -> tuple[str, ...]:
   """Decodes every image; returns those that cannot be, and names them."""
   files = _flat(listing)
+  is_good = functools.partial(_is_readable, root, max_pixels)
   failed: list[str] = []
   log.info("checking %d images in %s", len(files), root)
   with futures.ThreadPoolExecutor(threads) as pool:
     # In pieces: a task for each of a million files would fill the memory.
     for start in range(0, len(files), _CHUNK):
       chunk = files[start : start + _CHUNK]
-      good = pool.map(functools.partial(_is_readable, root), chunk)
-      failed += [file for file, ok in zip(chunk, good) if not ok]
+      failed += [f for f, ok in zip(chunk, pool.map(is_good, chunk)) if not ok]
   if failed:
     more = f" and {len(failed) - _SHOWN} more" if failed[_SHOWN:] else ""
     log.warning(
@@ -268,9 +292,9 @@ def find_unreadable(
   return tuple(failed)
 
 
-def _is_readable(root: str, file: str) -> bool:
+def _is_readable(root: str, max_pixels: int, file: str) -> bool:
   try:
-    read_image(os.path.join(root, file))
+    read_image(os.path.join(root, file), max_pixels=max_pixels)
   except UserError:
     return False
   return True

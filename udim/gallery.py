@@ -130,7 +130,7 @@ def _image_figures(
     path = folder / folder_of(own[0]) / "images.npz" if own else None
     if path is None or not path.exists():
       continue
-    with path.open("rb") as file, np.load(file) as found:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
       if not rows:
         rows.append(("original", found["original"]))
       rows.append((f"worst for {label}", found["perturbed"]))

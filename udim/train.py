@@ -56,7 +56,8 @@ PyTree = Any
 # do all numbers, but for the order of sums on another mesh. `compare` and
 # `search` say which runs there are, not what one of them does.
 FREE = ("log", "checkpoint", "profile", "compile_cache", "data.workers",
-        "data.threads", "data.prefetch", "mesh", "compare",
+        "data.threads", "data.prefetch", "data.source.max_pixels",
+        "data.source.follow_links", "mesh", "compare",
         "search")  # fmt: skip
 
 # Settings that count something, with the least that makes sense.

@@ -2,12 +2,14 @@
 
 import io
 import os
+import stat
 import threading
 import warnings
 from typing import IO, Any
 
 import numpy as np
 
+from common.data.folders import Inside, walk
 from common.errors import UserError
 
 # What torchvision takes for an image.
@@ -15,8 +17,20 @@ ENDINGS = (
   ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 
+# What is read, whatever a file is called. Pillow knows forty kinds more, one of
+# which, EPS, it gives to another program to be run.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+# A file may have so many bytes, or more where its pixels do: RGBA of 16 bits
+# and as much again.
+_USUAL_BYTES, _BYTES_A_PIXEL = 2**26, 16
+
 # Pillow keeps its limit on pixels for the whole process.
 _LIMIT = threading.Lock()
+
+
+class _TooLarge(ValueError):
+  """A file that would fill the memory as it is."""
 
 
 def read_image(
@@ -24,6 +38,7 @@ def read_image(
   *,
   name: str = "",
   max_pixels: int | None = None,
+  key: str = "max_pixels",
   upright: bool = True,
   allow_truncated: bool = False,
   remedy: str = "",
@@ -38,43 +53,73 @@ def read_image(
   Args:
     source: a path, an encoded image, or an open binary file.
     name: what messages call it; by default the path or the file's name.
-    max_pixels: larger images are refused before they are decoded; by default
-      twice `PIL.Image.MAX_IMAGE_PIXELS`, about 179 million.
+    max_pixels: larger images are refused by their headers, before they are
+      decoded; by default twice `PIL.Image.MAX_IMAGE_PIXELS`, about 179 million.
+    key: what messages call that setting.
     upright: turn and mirror as EXIF's orientation says. Pillow does so to a
       TIFF in any case.
     allow_truncated: leave grey what a cut file lacks, instead of an error.
       Pillow keeps this choice for the whole process: threads that read at the
       same time must agree on it.
-    remedy: ends the message of an error, in place of the usual advice.
+    remedy: ends the message of an error, in place of the usual advice, but for
+      images that are too large.
 
   Raises:
-    UserError: with the name, for what cannot be read, is no image, is cut or
-      broken, has too many pixels, or holds numbers without a known range.
+    UserError: with the name, for what cannot be read, is no image of one of
+      `FORMATS`, is cut or broken, has too many pixels or bytes, or holds
+      numbers without a known range.
   """
   from PIL import ImageFile
 
   ImageFile.LOAD_TRUNCATED_IMAGES = allow_truncated  # type: ignore[assignment]
   try:
-    with _open(_content(source), max_pixels) as image:
+    with _open(_content(source, max_pixels), max_pixels) as image:
       image.load()
       if upright:
         _turn(image)
       return np.asarray(_rgb(image))
   except Exception as error:  # Pillow's decoders raise all kinds.
-    reason, advice = _explain(error, max_pixels)
     name = name or _name(source)
+    too_large = _too_large(error, max_pixels, key)
+    if too_large:
+      raise UserError(
+        f"{name}: {too_large}: scale it down, or raise {key}"
+      ) from error
+    reason, advice = _explain(error)
     raise UserError(f"{name}: {reason}: {remedy or advice}") from error
 
 
-def _content(source: Any) -> bytes:
+def _content(source: Any, max_pixels: int | None) -> bytes:
   if isinstance(source, str | os.PathLike):
+    _check_file(os.stat(source), max_pixels)
     with open(source, "rb") as file:
       source = file.read()
   elif not isinstance(source, bytes):
     source = source.read()
   if not source:
-    raise ValueError("an empty file, no image that Pillow knows")
+    raise ValueError("an empty file, no image")
   return source
+
+
+def _check_file(status: os.stat_result, max_pixels: int | None) -> None:
+  """Refuses what a link may lead to: a device, a pipe, a file without end."""
+  if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+    raise ValueError("no file but a device or a pipe")
+  pixels = _most_pixels(max_pixels)
+  if pixels is not None:
+    most = max(_USUAL_BYTES, _BYTES_A_PIXEL * pixels)
+    if status.st_size > most:
+      raise _TooLarge(f"{status.st_size:,} bytes, more than {most:,}")
+
+
+def _most_pixels(max_pixels: int | None) -> int | None:
+  from PIL import Image
+
+  if max_pixels is not None:
+    return max_pixels
+  with _LIMIT:
+    safe = Image.MAX_IMAGE_PIXELS
+  return None if safe is None else 2 * safe
 
 
 def _name(source: Any) -> str:
@@ -99,7 +144,7 @@ def _open(content: bytes, max_pixels: int | None) -> Any:
       # It raises above twice this number, some formats while they open.
       Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
     try:
-      return Image.open(io.BytesIO(content))
+      return Image.open(io.BytesIO(content), formats=FORMATS)
     finally:
       Image.MAX_IMAGE_PIXELS = before
 
@@ -139,33 +184,45 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
   return (values >> 8).astype(np.uint8)
 
 
-def _explain(error: Exception, max_pixels: int | None) -> tuple[str, str]:
-  """What is wrong with an image, and what to do."""
-  from PIL import Image, UnidentifiedImageError
+def _too_large(error: Exception, max_pixels: int | None, key: str) -> str:
+  """In how far an image is too large; "" where something else is wrong."""
+  from PIL import Image
 
-  if isinstance(error, Image.DecompressionBombError):
-    safe = Image.MAX_IMAGE_PIXELS
-    limit = f"twice the {safe:,} pixels that Pillow takes for safe"
-    if max_pixels is not None:
-      limit = f"max_pixels={max_pixels:,}"
-    size = str(error).partition(" exceeds")[0]
-    return f"more than {limit}: {size}", "scale it down, or raise max_pixels"
+  if isinstance(error, _TooLarge):
+    return str(error)
+  if not isinstance(error, Image.DecompressionBombError):
+    return ""
+  safe = Image.MAX_IMAGE_PIXELS
+  limit = f"twice the {safe:,} pixels that Pillow takes for safe"
+  if max_pixels is not None:
+    limit = f"{key}={max_pixels:,}"
+  return f"more than {limit}: {str(error).partition(' exceeds')[0]}"
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+  """What is wrong with an image, and what to do."""
+  from PIL import UnidentifiedImageError
+
   mend = "mend or replace the image"
   if isinstance(error, UnidentifiedImageError):
-    return "no image that Pillow knows", mend
+    return f"no image of a kind that is read ({', '.join(FORMATS)})", mend
   if isinstance(error, OSError) and error.strerror:
     return error.strerror, "name an image file that can be read"
   return (str(error).splitlines() or [type(error).__name__])[0], mend
 
 
 def image_files(
-  folder: str | os.PathLike[str], *, recursive: bool = True
+  folder: str | os.PathLike[str],
+  *,
+  recursive: bool = True,
+  inside: Inside | None = None,
 ) -> list[str]:
   """The paths of the image files in a folder.
 
   Args:
-    folder: is walked through links too.
+    folder: may be a link, and is walked through links that do not leave it.
     recursive: also those in folders below it.
+    inside: what links must not leave in place of the folder.
 
   Returns:
     Paths that begin with the folder: its own files by name, then those of
@@ -173,18 +230,20 @@ def image_files(
     or have none of `ENDINGS` do not count.
 
   Raises:
-    UserError: for a folder that cannot be read, the one named or one below.
+    UserError: for a folder that cannot be read, the one named or one below, and
+      for links as `common.data.folders.walk` says.
   """
+  top = os.fspath(folder)
   found = []
-  walk = os.walk(os.fspath(folder), followlinks=True, onerror=_refuse)
-  for place, below, names in walk:
-    below[:] = [name for name in below if recursive and name[0] != "."]
-    found += [(place, name) for name in names if _is_image(name)]
+  for place, names in walk(
+    top,
+    inside or Inside(top),
+    wanted=lambda name: name.lower().endswith(ENDINGS),
+    refuse=_refuse,
+    recursive=recursive,
+  ):
+    found += [(place, name) for name in names]
   return [os.path.join(place, name) for place, name in sorted(found)]
-
-
-def _is_image(name: str) -> bool:
-  return name.lower().endswith(ENDINGS) and name[0] != "."
 
 
 def _refuse(error: OSError) -> None:

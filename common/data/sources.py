@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from common.data import python_docs
+from common.data.folders import FOLLOW_LINKS, Inside
+from common.data.tfds_files import check_tfds
 from common.errors import UserError
+from common.files import JSON_ERRORS
 
 KINDS = ("python_docs", "tfds", "array_record", "jsonl", "text")
 # Records read at once: one by one they come ten times slower.
@@ -67,7 +70,9 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
       jsonl: `path`, `text_key`; one JSON object a line.
       text: `path`; a file is one document if `separator` is empty; otherwise
         the separator divides it (backslash escapes count: `\n\n`).
-      `path` is a file or a pattern with `*`, or a sequence of these.
+      `path` is a file or a pattern with `*`, or a sequence of these. What a
+      pattern finds must lie in its folder: links that lead out of it are
+      refused unless `follow_links` is there and true.
 
   Raises:
     UserError: for an unknown kind, and for data that is missing.
@@ -80,7 +85,7 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
     return python_docs.PythonDocs()
   if cfg.kind == "tfds":
     return _tfds_text(cfg)
-  files = find_files(cfg.path)
+  files = find_files(cfg.path, follow_links=cfg.get("follow_links", False))
   if cfg.kind == "text":
     detail = _unescaped(cfg.get("separator", ""))
     read = lambda file: _text_documents(file, detail)  # noqa: E731
@@ -110,23 +115,30 @@ def record_source(cfg: Any) -> Sequence[Any]:
   if cfg.kind == "tfds":
     return _data_source(_tfds_builder(cfg), cfg.split)
   if cfg.kind == "array_record":
-    return _open_array_record(find_files(cfg.path))
+    follow_links = cfg.get("follow_links", False)
+    return _open_array_record(find_files(cfg.path, follow_links=follow_links))
   raise UserError(
     f"data.source.kind={cfg.kind!r}: records come from tfds or array_record"
   )
 
 
 def find_files(
-  path: str | Sequence[str], *, key: str = "data.source.path"
+  path: str | Sequence[str],
+  *,
+  key: str = "data.source.path",
+  follow_links: bool = False,
+  remedy: str = FOLLOW_LINKS,
 ) -> list[str]:
   """The files that a pattern, or several, name; sorted for each.
 
   Args:
     path: patterns.
     key: the configuration's key that holds them, for errors.
+    follow_links: whether a pattern finds links too that lead out of its folder.
+    remedy: what helps where it does not.
 
   Raises:
-    UserError: for a pattern that names none.
+    UserError: for a pattern that names none, and for such links.
   """
   patterns = [path] if isinstance(path, str) else list(path)
   if not any(patterns):
@@ -135,14 +147,26 @@ def find_files(
   for pattern in patterns:
     full = os.path.expanduser(pattern)
     # A name that exists may contain what would be a pattern.
-    found = [full] if os.path.isfile(full) else sorted(glob.glob(full))
+    is_file = os.path.isfile(full)
+    found = [full] if is_file else sorted(glob.glob(full))
     found = [file for file in found if os.path.isfile(file)]
     if not found:
       raise UserError(
         f"{key}={pattern!r}: no such file (looked from {os.getcwd()})"
       )
+    if not is_file:
+      inside = Inside(_folder(full), follow_links=follow_links, remedy=remedy)
+      for file in found:
+        inside.check_file(file)
     files += found
   return files
+
+
+def _folder(pattern: str) -> str:
+  """The folder that a pattern looks into, without what it leaves open."""
+  while glob.has_magic(pattern):
+    pattern = os.path.dirname(pattern)
+  return pattern or os.curdir
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "\\": "\\"}
@@ -203,9 +227,10 @@ def encodable(text: str, place: str) -> str:
 
 def json_record(data: bytes, place: str) -> dict[str, Any]:
   """A JSON object; `UserError` with its place for anything else."""
+  text = decode(data, place)
   try:
-    record = json.loads(decode(data, place))
-  except json.JSONDecodeError as error:
+    record = json.loads(text)
+  except JSON_ERRORS as error:
     raise UserError(f"{place}: not JSON: {error}") from error
   if not isinstance(record, dict):
     raise UserError(f"{place}: not a JSON object")
@@ -305,6 +330,7 @@ def _tfds_builder(cfg: Any) -> Any:
   if name == python_docs.NAME:
     return python_docs.builder(directory)
   tfds = importlib.import_module("tensorflow_datasets")
+  check_tfds(name, directory)
   try:
     builder = tfds.builder(name, data_dir=directory)
   except (ValueError, ImportError, OSError, AttributeError) as error:

@@ -9,6 +9,10 @@ import numpy as np
 
 from common.errors import UserError
 
+# Ids may have gaps, but not so large that they are no vocabulary's: as many
+# times the tokens, and so many in any case.
+_SPARSEST, _ALWAYS = 4, 2**16
+
 _EXTRA = "pip install 'tetrad-jax[tokenizers]'"
 
 
@@ -130,6 +134,12 @@ class HuggingFaceTokenizer:
     # Ids may have gaps, so the size is the largest one and not their number.
     ids = self._model.get_vocab(with_added_tokens=True).values()
     self.vocab_size = 1 + max(ids, default=-1)
+    if self.vocab_size > _SPARSEST * len(ids) + _ALWAYS:
+      raise UserError(
+        f"tokenizer.path={path!r} has {len(ids):,} tokens and the id "
+        f"{self.vocab_size - 1:,}, which a model would need rows for: take a "
+        "tokenizer without such gaps"
+      )
     self.fingerprint = f"huggingface/{_hash(data)}"
 
   def encode(self, text: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Exported programs: run, they give what the model gives."""
 
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -146,6 +147,19 @@ def test_a_prompt_that_is_too_long(one_line):
   )
   line = one_line(programs.pad, [[64] * 16])
   assert "has 16 tokens, and the program reads at most 15" in line
+
+
+def test_a_damaged_program_is_not_given_to_jax(exported, tmp_path, one_line):
+  """Which would end the process at some of them."""
+  _, folder, _ = exported
+  copy = shutil.copytree(folder, tmp_path / "copy")
+  data = bytearray((copy / "prefill.bin").read_bytes())
+  data[100] ^= 1
+  (copy / "prefill.bin").write_bytes(data)
+  line = one_line(load_exported, copy)
+  assert line == (
+    f"{copy}/prefill.bin is not what manifest.json says: copy it again"
+  )
 
 
 def test_a_folder_without_programs(tmp_path, one_line):

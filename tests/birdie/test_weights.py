@@ -256,6 +256,18 @@ def test_parameters_of_another_model(
   assert f"checkpoint 7 in {tmp_path / 'run'}" in found
 
 
+@pytest.mark.parametrize("path", ["/etc/hostname", "../m", "a/tokenizer.json"])
+def test_a_tokenizer_that_is_not_in_the_folder(model, tmp_path, one_line, path):
+  folder = shutil.copytree(model, tmp_path / "m")
+  content = files.read_json(folder / "config.json")
+  content["tokenizer"]["path"] = path
+  files.write_json(folder / "config.json", content)
+  assert one_line(load_run, folder) == (
+    f"{folder}/config.json: tokenizer.path={path!r} is no file of this folder: "
+    "name one that lies in it"
+  )
+
+
 def test_a_missing_tensor(model, tmp_path, one_line):
   folder = changed(model, tmp_path / "m", tensors=lambda t: t.pop("norm/scale"))
   message = "'norm/scale' is missing, and the model takes (8,)"

@@ -14,7 +14,14 @@ from common import config, plots
 from common.errors import UserError
 from common.metrics import MetricWriter
 from common.plots import Palette, Plot
-from common.report import ReportSpec, Table, duration, number, write_report
+from common.report import (
+  ReportSpec,
+  Table,
+  duration,
+  markdown_table,
+  number,
+  write_report,
+)
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 
@@ -130,6 +137,25 @@ def test_a_folder_that_is_no_run_is_one_line(tmp_path, name, content, words):
     write_report(tmp_path)
   assert all(word in str(error.value) for word in words), error.value
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("cell", "shown"),
+  [
+    ("a | b\nc", r"a \| b c"),
+    ("`a<b`", "`a<b`"),
+    ("p < 0.05", "p &lt; 0.05"),
+    ("[0.1, 0.3]", "[0.1, 0.3]"),
+    ("<img src=x onerror=alert(1)>", "&lt;img src=x onerror=alert(1)>"),
+    (r"\`<script>`", r"\`&lt;script>`"),
+    ("`a` <b> `c`", "`a` &lt;b> `c`"),
+    ("![x](https://example.org/x.png)", r"![x]\(https://example.org/x.png)"),
+  ],
+)
+def test_cells_hold_text_and_nothing_that_acts(cell, shown):
+  assert markdown_table(("", ""), [(cell, "1")]).splitlines()[-1] == (
+    f"| {shown} | 1 |"
+  )
 
 
 def test_plots_of_one_name_are_refused(tmp_path):

@@ -230,7 +230,8 @@ def test_a_model_is_read_as_it_was_written(change, tmp_path):
   assert same == settings
   assert_same(found, params)
   # Plain names, for readers without this package.
-  with np.load(tmp_path / "new" / "model" / "params.npz") as arrays:
+  params = tmp_path / "new" / "model" / "params.npz"
+  with np.load(params, allow_pickle=False) as arrays:
     assert "encoder/layers/layer_0/attention/query/kernel" in arrays
 
 

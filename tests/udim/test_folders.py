@@ -142,8 +142,11 @@ def broken_png(path):
 
 
 UNREADABLE = [
-  (lambda path: path.write_bytes(b"no image"), "no image that Pillow knows"),
-  (lambda path: path.write_bytes(b""), "no image that Pillow knows"),
+  (
+    lambda path: path.write_bytes(b"no image"),
+    "no image of a kind that is read",
+  ),
+  (lambda path: path.write_bytes(b""), "an empty file, no image"),
   (lambda path: path.symlink_to("nowhere"), "No such file"),
   (lambda path: path.mkdir(), "Is a directory"),
   (broken_png, ""),
@@ -283,3 +286,37 @@ def test_the_same_tree_elsewhere_has_the_same_hash(tmp_path):
   assert hash_of(one) == hash_of(two)
   write(two / "day/dog/9.png")
   assert hash_of(one) != hash_of(two)
+
+
+def test_links_out_of_the_data_set_are_refused_unless_they_are_wanted(
+  one_line, tmp_path
+):
+  """A class, a domain, an image: none may come from somewhere else."""
+  root = tree(tmp_path / "data")
+  elsewhere = tree(tmp_path / "elsewhere")
+  image = root / "day" / CLASSES[0] / "9.png"
+  for link, target in (
+    (image, elsewhere / "day" / CLASSES[0] / "0.png"),
+    (root / "dusk", elsewhere / "day"),
+  ):
+    link.symlink_to(target)
+    line = one_line(load, root)
+    assert line.startswith(f"{link} leads out of {root}, to {target}")
+    assert line.endswith("or set data.source.follow_links=True")
+    link.unlink()
+  image.symlink_to(elsewhere / "day" / CLASSES[0] / "0.png")
+  assert len(load(root, follow_links=True)["day"]) == 2 * len(CLASSES) + 1
+  image.unlink()
+  (root / "dusk").symlink_to("day")
+  assert load(root).names == ("day", "dusk", "night")
+
+
+def test_the_limit_on_pixels_is_a_setting(one_line, tmp_path):
+  root = tree(tmp_path / "data")
+  data = load(root, max_pixels=29)
+  line = one_line(data["day"].__getitem__, 0)
+  assert "more than data.source.max_pixels=29: Image size (30 pixels)" in line
+  assert line.endswith("raise data.source.max_pixels")
+  assert load(root, max_pixels=30)["day"][0]["image"].shape == (5, 6, 3)
+  line = one_line(load, root, max_pixels=29, unreadable="skip")
+  assert "no image in" in line

@@ -1,4 +1,6 @@
 import builtins
+import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -86,6 +88,17 @@ def test_added_tokens_count_as_vocabulary(files):
   tokenizer = make("huggingface", files["huggingface"])
   (extra,) = tokenizer.encode("<|extra|>")
   assert extra == tokenizer.vocab_size - 1
+
+
+def test_an_id_that_a_model_would_need_a_million_rows_for(
+  files, tmp_path, one_line
+):
+  content = json.loads(pathlib.Path(files["huggingface"]).read_text())
+  vocabulary = content["model"]["vocab"]
+  vocabulary[max(vocabulary, key=vocabulary.get)] = 2**31
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  line = one_line(make, "huggingface", str(tmp_path / "tokenizer.json"))
+  assert "tokens and the id 2,147,483,648, which a model would" in line
 
 
 @pytest.mark.parametrize(

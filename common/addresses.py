@@ -1,0 +1,88 @@
+"""Where process 0 of a run listens for the others: on the address it was given.
+
+jax itself would listen on every address of the machine.
+"""
+
+import ipaddress
+import logging
+import os
+import socket
+import time
+
+from common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# jax reads it too; it stays in force.
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+# A cluster may know the name of a machine some time after the machine starts.
+_PATIENCE_SECONDS, _PAUSE_SECONDS = 60, 1
+
+
+def bind_address(coordinator: str, process_id: int) -> str | None:
+  """What jax is told to listen on; None leaves it to jax.
+
+  Args:
+    coordinator: HOST:PORT, as every process is given it.
+    process_id: of this process; only process 0 listens.
+
+  Raises:
+    UserError: for what is no HOST:PORT; in process 0 also for a host that this
+      machine is not.
+  """
+  host, _, port = coordinator.rpartition(":")
+  host = host.removeprefix("[").removesuffix("]")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(
+      f"--coordinator={coordinator}: give HOST:PORT, such as 10.0.0.1:1234"
+    )
+  if process_id or BIND in os.environ:
+    return None
+  own = [found for found in _resolve(host, coordinator) if _is_own(found)]
+  if not own:
+    raise UserError(
+      f"--coordinator={coordinator} is no address of this machine, where "
+      "process 0 would listen: name one, or all of them with "
+      f"{BIND}='[::]:{port}' in its environment"
+    )
+  if _is_loopback(own) and not (_is_loopback([host]) or host == "localhost"):
+    log.warning(
+      "process 0 listens on %s alone, which is what %s means here: processes "
+      "on other machines need an address that they can reach",
+      own[0], host,
+    )  # fmt: skip
+  return coordinator
+
+
+def _resolve(host: str, coordinator: str) -> list[str]:
+  """A host's numeric addresses."""
+  end = time.monotonic() + _PATIENCE_SECONDS
+  while True:
+    try:
+      found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+      return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+    except OSError as error:
+      if time.monotonic() > end:
+        raise UserError(
+          f"--coordinator={coordinator}: {host} is unknown here: {error}"
+        ) from None
+    time.sleep(_PAUSE_SECONDS)
+
+
+def _is_own(address: str) -> bool:
+  """Whether this machine has an address."""
+  is_new = ":" in address
+  family = socket.AF_INET6 if is_new else socket.AF_INET
+  try:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+      probe.bind((address, 0))
+  except OSError:
+    return False
+  return True
+
+
+def _is_loopback(addresses: list[str]) -> bool:
+  try:
+    return all(ipaddress.ip_address(own).is_loopback for own in addresses)
+  except ValueError:  # a name
+    return False
