@@ -48,6 +48,7 @@ class Running:
     folder: the run's. What the processes say is in the file beside it.
     wrapper: a program that runs the module it is given, in Python's place.
     more: arguments.
+    devices: of each process.
   """
 
   def __init__(
@@ -56,6 +57,7 @@ class Running:
     folder: pathlib.Path,
     wrapper: str = "",
     more: tuple[str, ...] = (),
+    devices: int = 2,
   ):
     self.said = folder.with_suffix(".err")
     address = _free_address()

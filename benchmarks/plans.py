@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any
 
 COUNTS = (8, 64, 256)
-SEQ = ("mesh.seq=4", "model.seq_axis='seq'")
+SEQ = ("mesh.seq=4", "model.seq_axis=seq")
 # Configuration, then overrides by the number of devices.
 RUNS: dict[str, dict[int, tuple[str, ...]]] = {
   "birdie.py:paper": {

@@ -1,0 +1,138 @@
+r"""One run as one process and as several, and on from there with others.
+
+    python benchmarks/processes.py --workdir=runs/processes
+
+Every project trains a small run on eight devices of one process, on two
+processes with four each and on four with two. Then the run of two processes is
+taken up in its middle by one process with four devices, and by three with four
+each. Batches are the same, so every logged loss has to be, but for the order of
+sums.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import numpy as np
+from faults import SUBJECTS
+from faults_hits import Running, Subject
+
+from common.logs import quiet_libraries
+from common.metrics import read_metrics
+
+# 24 rows are divided by 8, 4 and 12 devices.
+ROWS = {
+  "birdie": (
+    "--config.data.batch_size=24", "--config.data.pack_rows=1",
+    "--config.evaluation.batch_size=24",
+  ),
+  "udim": ("--config.data.images_per_domain=24",
+           "--config.evaluation.batch_size=24"),
+  "slimsam": (
+    "--config.data.rows=24", "--config.teacher.rows=24",
+    "--config.data.images=24",
+  ),
+  "thor": ("--config.data.row_multiple=24", "--config.data.token_budget=2048"),
+}  # fmt: skip
+HALF = 4  # the step from which the others go on
+STRAIGHT = ((1, 8), (2, 8), (4, 8))  # processes, devices
+MOVED = ((1, 4), (3, 12))
+
+
+def main() -> int:
+  """Trains what is not there yet and prints the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", default="runs/processes")
+  parser.add_argument("--subjects", default=",".join(SUBJECTS))
+  args = parser.parse_args()
+  quiet_libraries()
+  print("| run | processes | devices | steps | largest difference of a loss |")
+  print("|---|---:|---:|---:|---:|")
+  for name in args.subjects.split(","):
+    folder = pathlib.Path(args.workdir).absolute() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for processes, devices in STRAIGHT:
+      _train(name, folder / f"{processes}x{devices}", processes, devices)
+      _show(name, folder, f"{processes}x{devices}", processes, devices)
+    for processes, devices in MOVED:
+      moved = folder / f"moved{processes}x{devices}"
+      if not moved.exists():
+        _half(folder / "2x8", moved)
+      _train(name, moved, processes, devices)
+      _show(f"{name}, from its middle", folder, moved.name, processes, devices)
+  return 0
+
+
+def _train(
+  name: str, folder: pathlib.Path, processes: int, devices: int
+) -> None:
+  """Trains to the end; what has ended says so at once."""
+  arguments = (*SUBJECTS[name], *ROWS[name], "--config.num_steps=8")
+  if name == "slimsam":  # it has epochs
+    arguments = arguments[:-1]
+  running = Running(
+    Subject(name, arguments, processes), folder, devices=devices // processes
+  )
+  try:
+    statuses = running.wait()
+  finally:
+    running.end()
+  if set(statuses) != {0}:
+    sys.exit(f"{folder} ends with {statuses}: {running.last_line()}")
+
+
+def _half(source: pathlib.Path, target: pathlib.Path) -> None:
+  """A run as it was in its middle: later checkpoints are not there."""
+  shutil.copytree(source, target)
+  for folder in target.rglob("checkpoints"):
+    steps = sorted(int(step.name) for step in folder.iterdir())
+    for step in steps[1:] if len(steps) > 1 else []:
+      shutil.rmtree(folder / str(step))
+  # SlimSAM's stages that have finished stay finished, but for the last.
+  models = sorted(target.rglob("model/settings.json"))
+  if models:
+    shutil.rmtree(models[-1].parent)
+
+
+def _show(
+  title: str, folder: pathlib.Path, run: str, processes: int, devices: int
+) -> None:
+  difference, steps = _difference(folder / "1x8", folder / run)
+  print(
+    f"| {title} | {processes} | {devices} | {steps} | {difference:.1e} |",
+    flush=True,
+  )
+
+
+def _difference(
+  expected: pathlib.Path, found: pathlib.Path
+) -> tuple[float, int]:
+  """The largest relative difference of the losses, and how many there are."""
+  largest, count = 0.0, 0
+  for file in sorted(expected.rglob("metrics.jsonl")):
+    ours, theirs = (
+      _losses(base / file.relative_to(expected)) for base in (expected, found)
+    )
+    if ours.keys() != theirs.keys():
+      sys.exit(f"{found} has logged other steps than {expected}")
+    for key, value in ours.items():
+      error = abs(theirs[key] - value) / max(abs(value), 1e-3)
+      largest, count = max(largest, float(error)), count + 1
+  return largest, count
+
+
+def _losses(file: pathlib.Path) -> dict[tuple[int, str], Any]:
+  return {
+    (line["step"], key): np.float64(value)
+    for line in read_metrics(file)
+    for key, value in line.items()
+    if key in ("train/loss", "eval/loss", "valid/mse") and value is not None
+  }
+
+
+if __name__ == "__main__":
+  sys.exit(main())
