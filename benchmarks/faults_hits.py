@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 240.0  # seconds in which processes have to end by themselves
+PATIENCE = 600.0  # seconds in which processes have to end by themselves
 # Runs a module whose wall clock jumps once, at a random moment, by up to a
 # year, forward or back.
 JUMPING_CLOCK = """

@@ -4,9 +4,9 @@ r"""One run as one process and as several, and on from there with others.
 
 Every project trains a small run on eight devices of one process, on two
 processes with four each and on four with two. Then the run of two processes is
-taken up in its middle by one process with four devices, and by three with four
-each. Batches are the same, so every logged loss has to be, but for the order of
-sums.
+taken up at its first checkpoint by one process with four devices, and by three
+with four each. Batches are the same, so every logged loss has to be, but for
+the order of sums.
 """
 
 import argparse
@@ -36,7 +36,6 @@ ROWS = {
   ),
   "thor": ("--config.data.row_multiple=24", "--config.data.token_budget=2048"),
 }  # fmt: skip
-HALF = 4  # the step from which the others go on
 STRAIGHT = ((1, 8), (2, 8), (4, 8))  # processes, devices
 MOVED = ((1, 4), (3, 12))
 
@@ -61,9 +60,15 @@ def main() -> int:
     for processes, devices in MOVED:
       moved = folder / f"moved{processes}x{devices}"
       if not moved.exists():
-        _half(folder / "2x8", moved)
+        _cut_short(folder / "2x8", moved)
       _train(name, moved, processes, devices)
-      _show(f"{name}, from its middle", folder, moved.name, processes, devices)
+      _show(
+        f"{name}, from its first checkpoint",
+        folder,
+        moved.name,
+        processes,
+        devices,
+      )
   return 0
 
 
@@ -71,9 +76,9 @@ def _train(
   name: str, folder: pathlib.Path, processes: int, devices: int
 ) -> None:
   """Trains to the end; what has ended says so at once."""
-  arguments = (*SUBJECTS[name], *ROWS[name], "--config.num_steps=8")
-  if name == "slimsam":  # it has epochs
-    arguments = arguments[:-1]
+  arguments = (*SUBJECTS[name], *ROWS[name], "--config.checkpoint.keep=9")
+  if name != "slimsam":  # which has epochs
+    arguments += ("--config.num_steps=8",)
   running = Running(
     Subject(name, arguments, processes), folder, devices=devices // processes
   )
@@ -85,12 +90,12 @@ def _train(
     sys.exit(f"{folder} ends with {statuses}: {running.last_line()}")
 
 
-def _half(source: pathlib.Path, target: pathlib.Path) -> None:
-  """A run as it was in its middle: later checkpoints are not there."""
+def _cut_short(source: pathlib.Path, target: pathlib.Path) -> None:
+  """A run as it was at its first checkpoint."""
   shutil.copytree(source, target)
   for folder in target.rglob("checkpoints"):
     steps = sorted(int(step.name) for step in folder.iterdir())
-    for step in steps[1:] if len(steps) > 1 else []:
+    for step in steps[1:]:
       shutil.rmtree(folder / str(step))
   # SlimSAM's stages that have finished stay finished, but for the last.
   models = sorted(target.rglob("model/settings.json"))
