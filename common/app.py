@@ -262,12 +262,21 @@ def make_workdir(path: str) -> str:
   Addresses such as `gs://bucket/run` come back as they are.
 
   Raises:
-    UserError: it cannot be made or written.
+    UserError: it cannot be made or written, or what reads such addresses is
+      not installed.
   """
   from etils import epath
 
   if "://" in path:
-    epath.Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+      epath.Path(path).mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+      extra = " (pip install '.[gcs]')" if path.startswith("gs://") else ""
+      raise UserError(f"workdir {path!r}: {one_line(error)}{extra}") from error
+    except KeyError:
+      raise UserError(
+        f"workdir {path!r} is an address of no known kind: gs:// is one"
+      ) from None
     return path
   path = os.path.abspath(os.path.expanduser(path))
   try:
