@@ -248,11 +248,16 @@ REFUSED = [
   (["--process_id=x"], ["--process_id", "'x'"]),
   (["--coordinator=h:1"], ["go together: --num_processes is missing"]),
   (
+    ["--coordinator=h", "--num_processes=2", "--process_id=0"],
+    ["--coordinator=h has no port"],
+  ),
+  (
     ["--coordinator=h:1", "--num_processes=2", "--process_id=2"],
     ["--process_id=2", "--num_processes=2"],
   ),
   (["--workdir=configs/toy.py"], ["workdir", "toy.py", "another --workdir"]),
   (["--workdir=/proc/nothing"], ["'/proc/nothing'", "another --workdir"]),
+  (["--workdir=ftp://h/a"], ["'ftp://h/a'", "gs:// is one"]),
 ]
 
 
@@ -366,28 +371,108 @@ def test_the_log_holds_our_lines_and_the_warnings_of_others(run, folder):
   assert (root.level, root.handlers) == before
 
 
+SLURM = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "127.0.0.1",
+  "SLURM_NTASKS": "2",
+  "SLURM_STEP_NUM_TASKS": "2",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+  "OMPI_COMM_WORLD_SIZE": "2",
+  "OMPI_COMM_WORLD_RANK": "1",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+OPEN_MPI_4 = {
+  **OPEN_MPI,
+  "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://127.0.0.1:34911",
+}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """The calls of `jax.distributed.initialize`, which does nothing."""
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **named: calls.append(named)
+  )
+  return calls
+
+
 @pytest.mark.parametrize(
   ("environment", "expected"),
   [
     ({}, False),
+    (SLURM, True),
     ({"SLURM_NTASKS": "4"}, False),  # a batch script outside of srun
     ({"SLURM_STEP_NUM_TASKS": "1"}, False),
-    ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-    ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+    ({"SLURM_STEP_NUM_TASKS": ""}, False),
+    (OPEN_MPI_4, True),
+    ({**OPEN_MPI_4, "OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
     ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
   ],
 )
 @pytest.mark.parametrize("flag", [None, "--distributed", "--no-distributed"])
-def test_when_processes_join(run, monkeypatch, environment, expected, flag):
-  joined = []
-  monkeypatch.setattr(
-    jax.distributed, "initialize", lambda *a: joined.append(a)
-  )
+def test_when_processes_join(
+  run, joined, monkeypatch, environment, expected, flag
+):
   monkeypatch.setattr(os, "environ", dict(environment))
   run("--config=configs/toy.py", *([flag] if flag else []))
   wanted = {None: expected, "--distributed": True, "--no-distributed": False}
-  assert joined == ([()] if wanted[flag] else [])
+  # jax is told nothing: it finds out the rest from the same variables.
+  assert joined == ([{}] if wanted[flag] else [])
+
+
+def test_open_mpi_5_has_to_be_told_where_process_0_is(run, joined, monkeypatch):
+  monkeypatch.setattr(os, "environ", dict(OPEN_MPI))
+  refused = run("--config=configs/toy.py")
+  assert (refused.status, refused.calls, joined) == (2, [], [])
+  assert "-x JAX_COORDINATOR_ADDRESS=HOST:PORT" in refused.err
+  # A SLURM step of one daemon a node, as mpirun makes it, does not count.
+  told = {**SLURM, **OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "h:9"}
+  monkeypatch.setattr(os, "environ", told)
+  assert run("--config=configs/toy.py").status == 0
+  assert joined == [
+    {
+      "coordinator_address": "h:9",
+      "num_processes": 2,
+      "process_id": 1,
+      "local_device_ids": [1],
+      "cluster_detection_method": "deactivate",
+    }
+  ]
+
+
+def test_a_coordinator_on_the_command_line_is_all_jax_hears(
+  run, joined, monkeypatch
+):
+  monkeypatch.setattr(os, "environ", dict(SLURM))
+  place = ["--coordinator=h:9", "--num_processes=2", "--process_id=1"]
+  assert run("--config=configs/toy.py", *place).status == 0
+  assert joined == [
+    {
+      "coordinator_address": "h:9",
+      "num_processes": 2,
+      "process_id": 1,
+      "cluster_detection_method": "deactivate",
+    }
+  ]
+
+
+def test_processes_that_nobody_names_are_refused(run, monkeypatch):
+  def initialize():
+    raise ValueError("Number of processes must be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  result = run("--config=configs/toy.py", "--distributed")
+  assert (result.status, result.calls) == (2, [])
+  assert "Number of processes must be defined" in result.err
+  assert "--coordinator, --num_processes and --process_id" in result.err
 
 
 def test_the_compilation_cache(run, folder):
@@ -426,10 +511,11 @@ def test_a_verb_takes_the_parser_and_the_statuses(capsys):
   assert "example:\n  toy 1" in capsys.readouterr().out
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, **variables):
   (folder / "toy_main.py").write_text(MAIN)
   root = os.path.dirname(os.path.dirname(app.__file__))
   environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+  environment |= variables
   return subprocess.Popen(
     [sys.executable, "-P", "toy_main.py", *arguments],
     cwd=folder,
@@ -466,10 +552,27 @@ def test_ctrl_c_in_a_destructor_counts(folder):
   assert (process.returncode, err) == (130, "interrupted\n")
 
 
-def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
+def free_port():
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
+    return free.getsockname()[1]
+
+
+def test_jax_finds_each_process_in_what_srun_and_mpirun_say(folder):
+  # Each starts one of the two; both lead to the port and host of process 0.
+  port = {"JAX_COORDINATOR_PORT": str(free_port())}
+  processes = [
+    start(folder, "--config=configs/toy.py", **variables, **port)
+    for variables in (SLURM, OPEN_MPI_4)
+  ]
+  with killing(*processes):
+    results = [process.communicate(timeout=50) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], results
+  assert all(out.startswith("2 0.001 ") for out, _ in results)
+
+
+def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
+  port = free_port()
   processes = [
     start(
       folder,
