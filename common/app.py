@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ from common.logs import logging_to, one_line, quiet_libraries
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
 COMPILE_CACHE = "~/.cache/tetrad/xla"
+LINGER_SECONDS = 3.0
 
 
 def run(
@@ -190,11 +192,25 @@ def leave(status: int, *, at_once: bool = True) -> NoReturn:
     at_once: False where the interpreter is somebody else's.
   """
   if at_once and status not in (0, 143) and "jax" in sys.modules:
+    if status == 2:
+      _linger()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)
+
+
+def _linger() -> None:
+  """Lets the other processes refuse what process 0 has refused.
+
+  They die with it, for it coordinates them, and whoever started them would take
+  that for a failure, which may be worth another try.
+  """
+  import jax
+
+  if jax.distributed.is_initialized() and jax.process_index() == 0:
+    time.sleep(LINGER_SECONDS)
 
 
 def _make_parser(

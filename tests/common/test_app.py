@@ -53,6 +53,11 @@ def main(config, workdir):
     multihost_utils.sync_global_devices("both have printed")
     if jax.process_index() == 0:
       raise RuntimeError("boom")
+  if config.name == "refuse":
+    import time
+    from common.errors import UserError
+    time.sleep(jax.process_index())
+    raise UserError("refused")
   if config.name == "dropped":
     class Dies:
       def __del__(self):
@@ -558,17 +563,20 @@ def free_port():
     return free.getsockname()[1]
 
 
-def test_jax_finds_each_process_in_what_srun_and_mpirun_say(folder):
-  # Each starts one of the two; both lead to the port and host of process 0.
+def test_processes_of_srun_and_of_mpirun_find_each_other(folder):
+  # Each has started one of the two, and both say where process 0 is.
   port = {"JAX_COORDINATOR_PORT": str(free_port())}
+  arguments = ["--config=configs/toy.py", "--config.name=refuse"]
   processes = [
-    start(folder, "--config=configs/toy.py", **variables, **port)
+    start(folder, *arguments, **variables, **port)
     for variables in (SLURM, OPEN_MPI_4)
   ]
   with killing(*processes):
     results = [process.communicate(timeout=50) for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], results
   assert all(out.startswith("2 0.001 ") for out, _ in results)
+  # Process 1, which refuses a second later, has not died of the loss of 0.
+  assert [process.returncode for process in processes] == [2, 2]
+  assert all("error: refused\n" in err for _, err in results)
 
 
 def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
