@@ -23,7 +23,7 @@ from common import flags
 from common.addresses import bind_address
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, UserError
-from common.logs import logging_to
+from common.logs import logging_to, one_line
 
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
@@ -139,8 +139,8 @@ def _make_parser(
   add(
     "--distributed",
     action=argparse.BooleanOptionalAction,
-    help="several processes form one run (default: found out under SLURM "
-    "and on TPU pods that name their workers)",
+    help="several processes form one run (default: found out under srun, "
+    "mpirun and where TPU hosts are told of each other)",
   )
   for alias, key in aliases.items():
     add(f"--{alias}", metavar="VALUE", help=f"short for --config.{key}=VALUE")
@@ -200,12 +200,21 @@ def make_workdir(path: str) -> str:
   Addresses such as `gs://bucket/run` come back as they are.
 
   Raises:
-    UserError: it cannot be made or written.
+    UserError: it cannot be made or written, or what reads such addresses is
+      not installed.
   """
   from etils import epath
 
   if "://" in path:
-    epath.Path(path).mkdir(parents=True, exist_ok=True)
+    try:
+      epath.Path(path).mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+      extra = " (pip install '.[gcs]')" if path.startswith("gs://") else ""
+      raise UserError(f"workdir {path!r}: {one_line(error)}{extra}") from error
+    except KeyError:
+      raise UserError(
+        f"workdir {path!r} is an address of no known kind: gs:// is one"
+      ) from None
     return path
   path = os.path.abspath(os.path.expanduser(path))
   try:
@@ -229,6 +238,8 @@ def _check_distributed(args: argparse.Namespace) -> None:
   missing = [flag for flag, value in parts.items() if value is None]
   if missing and len(missing) < len(parts):
     raise UserError(f"{', '.join(parts)} go together: {missing[0]} is missing")
+  if not missing and ":" not in args.coordinator:
+    raise UserError(f"--coordinator={args.coordinator} has no port: HOST:PORT")
   if not missing and not 0 <= args.process_id < args.num_processes:
     raise UserError(
       f"--process_id={args.process_id} must be at least 0 and less than "
@@ -238,21 +249,80 @@ def _check_distributed(args: argparse.Namespace) -> None:
     raise UserError("--coordinator contradicts --no-distributed")
 
 
-def _is_cluster() -> bool:
-  """Whether the environment says that this is one process of several.
+def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
+  """What `jax.distributed.initialize` must be told where this process is one of
+  several; {} where jax finds it all out, None where the process is alone.
 
   A SLURM batch script that runs outside of `srun` has no step, and is alone.
+
+  Raises:
+    UserError: under Open MPI 5, where nobody has said where process 0 is.
   """
-  env = os.environ
-  return (
-    int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+  def count(name: str) -> int:
+    value = env.get(name, "")
+    return int(value) if value.isdecimal() else 1
+
+  mpi = count("OMPI_COMM_WORLD_SIZE")
+  if mpi > 1 and "OMPI_MCA_orte_hnp_uri" not in env:
+    # What jax goes by ended with version 4.
+    if "JAX_COORDINATOR_ADDRESS" not in env:
+      raise UserError(
+        "Open MPI does not say where process 0 is: add `-x "
+        "JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"
+      )
+    return {
+      "coordinator_address": env["JAX_COORDINATOR_ADDRESS"],
+      "num_processes": mpi,
+      "process_id": int(env["OMPI_COMM_WORLD_RANK"]),
+      "local_device_ids": [int(env["OMPI_COMM_WORLD_LOCAL_RANK"])],
+      "cluster_detection_method": "deactivate",
+    }
+  several = (
+    mpi > 1
+    or count("SLURM_STEP_NUM_TASKS") > 1
+    or count("MEGASCALE_NUM_SLICES") > 1
+    or "," in env.get("TPU_PROCESS_ADDRESSES", "")
     or "," in env.get("TPU_WORKER_HOSTNAMES", "")
     or "JAX_COORDINATOR_ADDRESS" in env
   )
+  return {} if several else None
+
+
+def _join(args: argparse.Namespace) -> None:
+  """Joins the other processes of the run, if there are any.
+
+  Raises:
+    UserError: nothing says which these are.
+  """
+  import jax
+
+  if args.coordinator is not None:
+    # Whoever counts processes gets all devices of a host for each: asked for
+    # the rest, jax would take one under SLURM, and warn under Kubernetes.
+    jax.distributed.initialize(
+      coordinator_address=args.coordinator,
+      num_processes=args.num_processes,
+      process_id=args.process_id,
+      cluster_detection_method="deactivate",
+      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
+    )
+  elif args.distributed is not False:
+    found = _cluster(os.environ)
+    if found is None and not args.distributed:
+      return
+    try:
+      jax.distributed.initialize(**(found or {}))
+    except ValueError as error:
+      raise UserError(
+        f"nothing here says which processes form the run ({one_line(error)}): "
+        "give --coordinator, --num_processes and --process_id, or "
+        "--no-distributed"
+      ) from error
 
 
 def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
-  """Sets up the compilation cache and, if asked for, the other processes."""
+  """Sets up the compilation cache and joins the run's other processes."""
   import jax
 
   # Libraries that read absl flags refuse to while these are unparsed.
@@ -263,15 +333,7 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
     # What has to be the same bits everywhere is computed on the host.
     jax.config.update("jax_platforms", f"{platforms},cpu")
   _use_cache(config)
-  if args.coordinator is not None:
-    jax.distributed.initialize(
-      args.coordinator,
-      args.num_processes,
-      args.process_id,
-      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
-    )
-  elif args.distributed or (args.distributed is None and _is_cluster()):
-    jax.distributed.initialize()
+  _join(args)
 
 
 def _use_cache(config: ConfigDict) -> None:

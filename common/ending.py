@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -23,6 +24,8 @@ from typing import Any, NoReturn
 from common.errors import Preempted, RunError, UserError
 from common.files import storage_error
 from common.logs import one_line, quiet_libraries
+
+LINGER_SECONDS = 3.0
 
 
 def call(function: Callable[[], Any]) -> int:
@@ -137,8 +140,22 @@ def leave(status: int, *, at_once: bool = True) -> NoReturn:
   """
   together = status == 0 or (status == 143 and _is_distributed())
   if at_once and not together and "jax" in sys.modules:
+    if status == 2:
+      _linger()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)
+
+
+def _linger() -> None:
+  """Lets the other processes refuse what process 0 has refused.
+
+  They die with it, for it coordinates them, and whoever started them would take
+  that for a failure, which may be worth another try.
+  """
+  import jax
+
+  if jax.distributed.is_initialized() and jax.process_index() == 0:
+    time.sleep(LINGER_SECONDS)

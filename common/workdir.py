@@ -76,8 +76,12 @@ class Workdir:
       self._check_resume(config, free, facts, pinned)
       facts["started"] = self._saved_facts().get("started", facts["started"])
     if is_writer:
-      config_lib.save_config(self.path, config)
-      files.write_json(self.path / "facts.json", dict(sorted(facts.items())))
+      try:
+        config_lib.save_config(self.path, config)
+        files.write_json(self.path / "facts.json", dict(sorted(facts.items())))
+      except OSError as error:
+        self._refuse(error)
+        raise
     self.writer = MetricWriter(
       self.path, tensorboard=tensorboard, is_writer=is_writer
     )
@@ -101,6 +105,25 @@ class Workdir:
       self.checkpointer.close()
       self._unlock()
       raise
+
+  def _refuse(self, error: OSError) -> None:
+    """Raises for a bucket that is missing or not ours, which no restart mends.
+
+    Making a folder of a bucket asks nobody: its first file tells.
+    """
+    if "://" not in os.fspath(self.path):
+      return
+    if isinstance(error, FileNotFoundError):
+      problem = "no such bucket"
+    elif "Forbidden" in str(error):
+      problem = "this machine may not write there"
+    else:
+      return
+    self.checkpointer.close()
+    raise UserError(
+      f"cannot write to workdir {os.fspath(self.path)!r}: {problem}; choose "
+      "another --workdir"
+    ) from error
 
   def _unlock(self) -> None:
     if self._lock is not None:

@@ -120,7 +120,7 @@ def pins(python_version: str) -> dict[str, str]:
 @pytest.mark.parametrize("python_version", ["3.11", "3.12", "3.13"])
 def test_constraints_pin_what_is_declared(python_version):
   pinned = pins(python_version)
-  for text in declared("test", "tokenizers", "tensorboard"):
+  for text in declared("test", "tokenizers", "tensorboard", "gcs"):
     requirement = Requirement(text)
     version = pinned.get(canonicalize_name(requirement.name))
     assert version is not None, f"{requirement.name} has no pin"
@@ -253,7 +253,14 @@ def open_tokenizer(kind):
   return function
 
 
+def open_bucket(folder):
+  from common.app import make_workdir
+
+  make_workdir("gs://bucket/run")
+
+
 MISSING = [
+  ("gcsfs", "gcs", open_bucket),
   ("tensorboardX", "tensorboard", open_tensorboard),
   ("sentencepiece", "tokenizers", open_tokenizer("sentencepiece")),
   ("tokenizers", "tokenizers", open_tokenizer("huggingface")),

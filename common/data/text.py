@@ -169,13 +169,19 @@ def build_splits(
     end: a token behind every document; None for none.
 
   Raises:
-    UserError: for a source without text, or a folder that cannot be written.
+    UserError: for a source without text, or a folder that cannot be written
+      or is none.
   """
   if not cache_dir:
     dtype = _token_dtype(tokenizer, end)
     writers = {name: _Writer(dtype) for name in SPLITS}
     _fill(writers, source, tokenizer, end)
     return {name: writer.in_memory() for name, writer in writers.items()}
+  if "://" in cache_dir:
+    raise UserError(
+      f"data.cache_dir={cache_dir!r} is no folder: files of tokens are mapped "
+      "into memory"
+    )
   key = hashlib.blake2b(
     json.dumps(
       [_FORMAT, source.fingerprint, tokenizer.fingerprint, end]

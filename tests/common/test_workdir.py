@@ -1,9 +1,16 @@
 """A run's folder: what starts anew, what goes on, what is refused."""
 
+import importlib.util
+import json
+import pathlib
+
+import fsspec
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from etils.epath import backend
+from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from common.errors import UserError
@@ -85,3 +92,64 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
     open_run(tmp_path)
   with open_run(tmp_path):
     pass
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """The folder in which everything of `gs://bucket/` lies."""
+  if importlib.util.find_spec("tensorflow"):
+    pytest.skip("TensorFlow would be asked for the bucket")
+
+  class Buckets(LocalFileSystem):
+    """Has no empty folders, as buckets have none."""
+
+    protocol = "gs"
+
+    def makedirs(self, path, exist_ok=False):
+      pass
+
+    mkdir = makedirs
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      name = str(path).removeprefix("gs://")
+      return name if name.startswith("/") else str(tmp_path / name)
+
+    def _open(self, path, mode="rb", **kwargs):
+      if not path.startswith(str(tmp_path / "bucket")):
+        raise FileNotFoundError(path)
+      pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+      return super()._open(path, mode, **kwargs)
+
+  stand_in = Buckets()
+  monkeypatch.setattr(
+    backend.fsspec_backend, "_get_filesystem", lambda name: stand_in
+  )
+  (tmp_path / "bucket").mkdir()
+  return tmp_path / "bucket"
+
+
+def test_a_run_in_a_bucket(bucket):
+  with open_run("gs://bucket/run") as folder:
+    resume(folder)
+    for step in (1, 2):
+      folder.writer.write(step, {"loss": 0.5})
+  with open_run("gs://bucket/run") as folder:
+    folder.writer.write(3, {"loss": 0.25})
+  lines = (bucket / "run/metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+  assert json.loads((bucket / "run/config.json").read_text())["seed"] == 0
+  with pytest.raises(UserError, match="seed: 0 -> 1"):
+    open_run("gs://bucket/run", {"seed": 1})
+
+
+def test_a_bucket_that_is_missing_or_not_ours_is_refused(bucket, monkeypatch):
+  with pytest.raises(UserError, match="'gs://buckte/run': no such bucket"):
+    open_run("gs://buckte/run")
+
+  def forbidden(*args, **kwargs):
+    raise OSError("Forbidden: bucket/run/config.json.new")
+
+  monkeypatch.setattr(fsspec.AbstractFileSystem, "open", forbidden)
+  with pytest.raises(UserError, match="this machine may not write there"):
+    open_run("gs://bucket/run")

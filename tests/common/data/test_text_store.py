@@ -147,6 +147,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     )
 
 
+def test_tokens_are_not_cached_in_a_bucket():
+  with pytest.raises(UserError, match=r"cache_dir='gs://b/c' is no folder"):
+    build_splits(Source(CORPUS), ByteTokenizer(), cache_dir="gs://b/c")
+
+
 def test_pickling_a_cached_store_sends_its_path(tmp_path):
   byte = ByteTokenizer()
   cached = build_splits(Source(CORPUS), byte, cache_dir=str(tmp_path))["train"]

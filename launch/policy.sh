@@ -1,0 +1,60 @@
+# What a launcher does when a run has ended; the launchers source it.
+#
+#   0       done                          it ends
+#   2, 130  bad configuration, Ctrl-C     it ends: the same would come again
+#   143     stopped after saving          the same command goes on with the run
+#   others  failed, killed, lost a peer   again, RESTARTS times in a row at most
+#
+# shellcheck shell=bash
+
+RESTARTS=${RESTARTS:-3}
+PAUSE=${PAUSE:-20}     # seconds before the first of them, twice that before …
+STEADY=${STEADY:-3600} # a run that lasted so many seconds starts a new row
+
+# cause STATUS...: what the statuses of a run's processes come to. A refused
+# configuration counts before a failure, and that before those it has stopped.
+cause() {
+  local status found=0
+  for status in "$@"; do
+    case $status in
+      0) ;;
+      2 | 130)
+        echo "$status"
+        return
+        ;;
+      143) [[ $found != 0 ]] || found=143 ;;
+      *) [[ $found != 0 && $found != 143 ]] || found=$status ;;
+    esac
+  done
+  echo "$found"
+}
+
+# pause SECONDS: sleeps in a way that lets traps act at once, or at all: of a
+# Ctrl-C bash would leave the handling to a sleep that it waits for.
+pause() {
+  sleep "$1" &
+  wait "$!" || true
+}
+
+failures=0
+
+# again STATUS SECONDS: whether a run that ended so is to be started again.
+again() {
+  case $1 in
+    0 | 2 | 130) return 1 ;;
+    143)
+      echo "stopped after saving: the run goes on" >&2
+      return 0
+      ;;
+  esac
+  if (($2 >= STEADY)); then
+    failures=0
+  fi
+  failures=$((failures + 1))
+  if ((failures > RESTARTS)); then
+    echo "status $1 after $RESTARTS restarts: giving up" >&2
+    return 1
+  fi
+  echo "status $1: restart $failures of $RESTARTS" >&2
+  pause $((PAUSE * failures))
+}

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A cluster that xpk made (github.com/AI-Hypercomputer/xpk): one JobSet, its
+# restarts included.
+#
+#   CLUSTER=mine TPU_TYPE=v5litepod-16 IMAGE=REGION-docker.pkg.dev/…/tetrad \
+#     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
+#     launch/xpk.sh --config.mesh.fsdp=16
+#
+# IMAGE comes from Dockerfile; see README.md.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+CLUSTER=${CLUSTER:?the name of the cluster}
+NAME=${NAME:-tetrad}                     # of the workload
+TPU_TYPE=${TPU_TYPE:-v5litepod-16}
+SLICES=${SLICES:-1}
+IMAGE=${IMAGE:?an image that Dockerfile made}
+PROJECT=${PROJECT:-birdie}               # birdie, udim, slimsam, thor
+CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
+WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
+# xpk counts all of them, so this is a number that preemptions do not reach.
+RESTARTS=${RESTARTS:-100}
+
+# Of itself xpk starts again after 42 and 127-255: 143, and deaths by a signal.
+# `exec`, since it passes SIGTERM to what it has started and no further.
+xpk workload create \
+  --cluster="$CLUSTER" \
+  --workload="$NAME" \
+  --tpu-type="$TPU_TYPE" \
+  --num-slices="$SLICES" \
+  --docker-image="$IMAGE" \
+  --max-restarts="$RESTARTS" \
+  --restart-on-exit-codes=1 \
+  --termination-grace-period-seconds=300 \
+  --command="exec $(printf '%q ' python -m "$PROJECT.main" \
+    --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@")"

@@ -1,0 +1,280 @@
+"""Processes of a run: how they find each other, and how they end."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from common import app
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+def get_config():
+  return ConfigDict({"name": "toy", "compile_cache": ""})
+"""
+
+MAIN = """
+import sys
+from common import app
+
+def main(config, workdir):
+  import jax
+  print(jax.process_count(), workdir, flush=True)
+  if config.name == "die":
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("both have printed")
+    if jax.process_index() == 0:
+      raise RuntimeError("boom")
+  if config.name == "refuse":
+    import time
+    from common.errors import UserError
+    time.sleep(jax.process_index())
+    raise UserError("refused")
+  if config.name == "dropped":
+    class Dies:
+      def __del__(self):
+        raise KeyboardInterrupt  # which Python only prints
+    Dies()
+  if config.name != "toy":
+    import time
+    end = time.monotonic() + 60
+    while time.monotonic() < end:  # a signal may reach another thread of jax,
+      time.sleep(0.1)  # which would not wake one long sleep
+
+app.run(main, name="toy", description="A toy.", example="python -m toy.main")
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+  """A working directory with `configs/toy.py` and nothing else."""
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs/toy.py").write_text(CONFIG)
+  return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+  """`(*flags)`: the exit status of a toy's run, and what it said of errors."""
+
+  def call(*flags):
+    with pytest.raises(SystemExit) as end:
+      app.run(
+        lambda config, workdir: None,
+        name="toy",
+        description="A toy.",
+        example="python -m toy.main",
+        argv=["--config=configs/toy.py", *flags],
+      )
+    return end.value.code, capsys.readouterr().err
+
+  return call
+
+
+SLURM = {
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "127.0.0.1",
+  "SLURM_NTASKS": "2",
+  "SLURM_STEP_NUM_TASKS": "2",
+  "SLURM_PROCID": "0",
+  "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+  "OMPI_COMM_WORLD_SIZE": "2",
+  "OMPI_COMM_WORLD_RANK": "1",
+  "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+OPEN_MPI_4 = {
+  **OPEN_MPI,
+  "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://127.0.0.1:34911",
+}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+  """The calls of `jax.distributed.initialize`, which does nothing."""
+  calls = []
+  monkeypatch.setattr(
+    jax.distributed, "initialize", lambda **named: calls.append(named)
+  )
+  return calls
+
+
+@pytest.mark.parametrize(
+  ("environment", "expected"),
+  [
+    ({}, False),
+    (SLURM, True),
+    ({"SLURM_NTASKS": "4"}, False),  # a batch script outside of srun
+    ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_STEP_NUM_TASKS": ""}, False),
+    (OPEN_MPI_4, True),
+    ({**OPEN_MPI_4, "OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+    ({"TPU_PROCESS_ADDRESSES": "a:1,b:1"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+  ],
+)
+@pytest.mark.parametrize("flag", [None, "--distributed", "--no-distributed"])
+def test_when_processes_join(
+  run, joined, monkeypatch, environment, expected, flag
+):
+  monkeypatch.setattr(os, "environ", dict(environment))
+  assert run(*([flag] if flag else [])) == (0, "")
+  wanted = {None: expected, "--distributed": True, "--no-distributed": False}
+  # jax is told nothing: it finds out the rest from the same variables.
+  assert joined == ([{}] if wanted[flag] else [])
+
+
+def test_open_mpi_5_has_to_be_told_where_process_0_is(run, joined, monkeypatch):
+  monkeypatch.setattr(os, "environ", dict(OPEN_MPI))
+  status, error = run()
+  assert (status, joined) == (2, [])
+  assert "-x JAX_COORDINATOR_ADDRESS=HOST:PORT" in error
+  # A SLURM step of one daemon a node, as mpirun makes it, does not count.
+  told = {**SLURM, **OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "h:9"}
+  monkeypatch.setattr(os, "environ", told)
+  assert run() == (0, "")
+  assert joined == [
+    {
+      "coordinator_address": "h:9",
+      "num_processes": 2,
+      "process_id": 1,
+      "local_device_ids": [1],
+      "cluster_detection_method": "deactivate",
+    }
+  ]
+
+
+def test_a_coordinator_on_the_command_line_is_all_jax_hears(
+  run, joined, monkeypatch
+):
+  monkeypatch.setattr(os, "environ", dict(SLURM))
+  place = ["--coordinator=h:9", "--num_processes=2", "--process_id=1"]
+  assert run(*place) == (0, "")
+  assert joined == [
+    {
+      "coordinator_address": "h:9",
+      "num_processes": 2,
+      "process_id": 1,
+      "cluster_detection_method": "deactivate",
+      "coordinator_bind_address": None,
+    }
+  ]
+
+
+def test_processes_that_nobody_names_are_refused(run, monkeypatch):
+  def initialize():
+    raise ValueError("Number of processes must be defined.")
+
+  monkeypatch.setattr(jax.distributed, "initialize", initialize)
+  status, error = run("--distributed")
+  assert status == 2
+  assert "Number of processes must be defined" in error
+  assert "--coordinator, --num_processes and --process_id" in error
+
+
+def start(folder, *arguments, **variables):
+  (folder / "toy_main.py").write_text(MAIN)
+  root = os.path.dirname(os.path.dirname(app.__file__))
+  environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+  environment |= variables
+  return subprocess.Popen(
+    [sys.executable, "-P", "toy_main.py", *arguments],
+    cwd=folder,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+@contextlib.contextmanager
+def killing(*processes):
+  """Leaves no process behind, however the block ends."""
+  try:
+    yield
+  finally:
+    for process in processes:
+      process.kill()
+
+
+@pytest.mark.parametrize(
+  ("number", "status", "line"),
+  [
+    (signal.SIGINT, 130, "interrupted\n"),
+    (
+      signal.SIGTERM, 143,
+      "preempted: the same command goes on from what is saved\n",
+    ),
+  ],
+)  # fmt: skip
+def test_a_signal_to_a_process_is_one_line(folder, number, status, line):
+  process = start(folder, "--config=configs/toy.py", "--config.name=sleep")
+  assert process.stdout.readline() == f"1 {folder}/runs/toy\n"
+  process.send_signal(number)
+  with killing(process):
+    _, err = process.communicate(timeout=30)
+  assert (process.returncode, err) == (status, line)
+
+
+def test_ctrl_c_in_a_destructor_counts(folder):
+  process = start(folder, "--config=configs/toy.py", "--config.name=dropped")
+  with killing(process):
+    _, err = process.communicate(timeout=30)
+  assert (process.returncode, err) == (130, "interrupted\n")
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+def test_processes_of_srun_and_of_mpirun_find_each_other(folder):
+  # Each has started one of the two, and both say where process 0 is.
+  port = {"JAX_COORDINATOR_PORT": str(free_port())}
+  arguments = ["--config=configs/toy.py", "--config.name=refuse"]
+  processes = [
+    start(folder, *arguments, **variables, **port)
+    for variables in (SLURM, OPEN_MPI_4)
+  ]
+  with killing(*processes):
+    results = [process.communicate(timeout=50) for process in processes]
+  assert all(out.startswith("2 ") for out, _ in results)
+  # Process 1, which refuses a second later, has not died of the loss of 0.
+  assert [process.returncode for process in processes] == [2, 2]
+  assert all("error: refused\n" in err for _, err in results)
+
+
+def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
+  port = free_port()
+  processes = [
+    start(
+      folder,
+      "--config=configs/toy.py",
+      "--config.name=die",
+      f"--coordinator=127.0.0.1:{port}",
+      "--num_processes=2",
+      f"--process_id={i}",
+    )
+    for i in range(2)
+  ]
+  began = time.monotonic()
+  with killing(*processes):
+    results = [process.communicate(timeout=50) for process in processes]
+  assert time.monotonic() - began < 45  # the second sleeps for 60
+  assert all(out.startswith("2 ") for out, _ in results)
+  assert processes[0].returncode == 1
+  assert results[0][1].count("RuntimeError: boom") == 1
+  assert processes[1].returncode != 0

@@ -1,0 +1,180 @@
+"""What the launchers start: commands that the programs accept."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import tomllib
+
+import pytest
+
+from common import app
+from common.config import from_json
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SHELL = sorted(LAUNCH.glob("*.sh"))
+JOBSETS = sorted(LAUNCH.glob("*.yaml"))
+
+
+def check_command(argv):
+  """Refuses a `python -m PROJECT.main` that the program would refuse."""
+  flag, module, *flags = argv
+  project, verb = module.split(".")
+  assert (flag, verb) == ("-m", "main")
+  assert (ROOT / project / "main.py").exists(), module
+  with pytest.raises(SystemExit) as end:
+    app.run(
+      lambda config, workdir: None,
+      name=project,
+      description="",
+      example="",
+      argv=[*flags, "--print_config"],
+    )
+  assert end.value.code == 0, shlex.join(argv)
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+  monkeypatch.chdir(ROOT)  # where paths of configurations begin
+
+
+@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
+def test_shell_files_parse(file):
+  subprocess.run(["bash", "-n", file], check=True)
+  text = file.read_text()
+  if file.name != "policy.sh":
+    assert text.startswith("#!/usr/bin/env bash\n")
+    assert "\nset -euo pipefail\n" in text
+    assert os.access(file, os.X_OK)
+
+
+@pytest.mark.parametrize(
+  ("launcher", "project", "config"),
+  [
+    ("ssh", "birdie", "configs/birdie.py:paper"),
+    ("ssh", "udim", "configs/udim.py:pacs"),
+    ("slurm", "thor", "configs/thor.py:wmt16_en_de_big"),
+    ("tpu_pod", "slimsam", "configs/slimsam.py:paper"),
+  ],
+)
+def test_launchers_start_what_they_are_told(
+  place, capsys, launcher, project, config
+):
+  assert getattr(place, launcher)(PROJECT=project, CONFIG=config) == 0
+  (command,) = place.commands(1)
+  assert command[:3] == ["-m", f"{project}.main", f"--config={config}"]
+  assert "--config.seed=1" in command
+  check_command(command)
+
+
+def test_every_process_knows_the_others(place, capsys):
+  assert place.ssh(WORKDIR="/shared/a b") == 0
+  for number in (0, 1):
+    (command,) = place.commands(number)
+    check_command(command)
+    assert "--workdir=/shared/a b" in command
+    assert "--coordinator=a:8476" in command
+    assert "--num_processes=2" in command
+    assert f"--process_id={number}" in command
+
+
+def test_others_are_found_by_jax_or_the_run_fails(place):
+  assert place.slurm() == 0
+  assert place.tpu_pod() == 0
+  assert all("--distributed" in command for command in place.commands(1))
+
+
+def test_one_node_is_one_process(place, capsys):
+  assert place.slurm("slurm.sh", 1) == 0
+  (command,) = place.commands()
+  check_command(command)
+  assert "--distributed" not in command
+
+
+def test_xpk(place, capsys):
+  where = {"CLUSTER": "c", "IMAGE": "i", "WORKDIR": "gs://bucket/a"}
+  flags = ["--config.optim.betas=(0.9, 0.99)", "--config.seed=1"]
+  assert place.run("xpk.sh", *flags, **where) == 0
+  (line,) = place.log("xpk")
+  words = shlex.split(line)
+  assert words[:2] == ["workload", "create"]
+  given = dict(word.split("=", 1) for word in words[2:])
+  python, *argv = shlex.split(given["--command"].removeprefix("exec "))
+  assert python == "python"
+  assert flags[0] in argv
+  argv.remove(flags[0])  # it was there for its blanks
+  check_command(argv)
+  # It adds this one to 42 and 127-255; of Ctrl-C, 130, nobody there is capable.
+  assert given["--restart-on-exit-codes"] == "1"
+
+
+def expanded(container):
+  values = {
+    entry["name"]: entry.get("value", "0") for entry in container["env"]
+  }
+  return [
+    re.sub(r"\$\((\w+)\)", lambda match: values[match[1]], word)
+    for word in container["command"]
+  ]
+
+
+@pytest.mark.parametrize("file", JOBSETS, ids=lambda file: file.name)
+def test_jobsets(file, jobset, capsys):
+  document, settings, container = jobset(file)
+  assert settings["parallelism"] == settings["completions"]
+  assert settings["completionMode"] == "Indexed"
+  pod = settings["template"]["spec"]
+  volumes = {volume["name"] for volume in pod["volumes"]}
+  for one in [*pod["containers"], *pod["initContainers"]]:
+    assert {mount["name"] for mount in one["volumeMounts"]} <= volumes
+  python, *argv = expanded(container)
+  assert python == "python"
+  check_command(argv)
+  config = from_json(capsys.readouterr().out)
+  devices = settings["parallelism"] * int(
+    next(iter(container["resources"]["limits"].values()))
+  )
+  assert config.data.batch_size % devices == 0
+  assert devices % config.mesh.fsdp == 0
+  if "coordinator" in document["spec"]:
+    (job,) = document["spec"]["replicatedJobs"]
+    assert document["spec"]["coordinator"]["replicatedJob"] == job["name"]
+    assert f"--num_processes={settings['parallelism']}" in argv
+  else:
+    assert "--distributed" in argv
+
+
+def test_what_is_installed_are_extras_of_ours():
+  text = (ROOT / "pyproject.toml").read_text()
+  extras = tomllib.loads(text)["project"]["optional-dependencies"]
+  named = set()
+  for file in (LAUNCH / "Dockerfile", LAUNCH / "tpu_pod.sh"):
+    for match in re.findall(r"(?:EXTRAS=|\.\[)([a-z,]+)", file.read_text()):
+      named |= set(match.split(","))
+  assert named == {"tpu", "gpu", "gcs"}
+  assert named <= set(extras)
+
+
+def readme_commands():
+  blocks = re.findall(
+    r"^```\n(.*?)^```", (LAUNCH / "README.md").read_text(), re.M | re.S
+  )
+  for line in "".join(blocks).replace("\\\n", " ").splitlines():
+    line = line.split("  #")[0]
+    if match := re.search(r"\bpython (-m \w+\.main .*)", line):
+      yield shlex.split(match[1])
+
+
+def test_the_page_knows_every_file_and_its_commands_work(capsys):
+  text = (LAUNCH / "README.md").read_text()
+  for file in LAUNCH.iterdir():
+    assert file.name == "README.md" or f"`{file.name}`" in text, file.name
+  modules = set(re.findall(r"python -m ([\w.]+)", text))
+  for module in modules - {"PROJECT.main", "json.tool"}:
+    assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
+  commands = [c for c in readme_commands() if "PROJECT.main" not in c]
+  assert commands
+  for command in commands:
+    check_command(command)
