@@ -49,7 +49,7 @@ RUNS: dict[str, dict[int, tuple[str, ...]]] = {
   "thor.py:multilingual_big": {
     8: (),
     64: (),
-    256: ("mesh.data=4", "mesh.fsdp=64"),
+    256: ("mesh.data=4", "mesh.fsdp=64", "data.token_budget=1048576"),
   },
 }
 COLUMNS = (
