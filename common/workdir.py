@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.parallel import check_same
+from common.places import check_holds_no_comparison
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class Workdir:
 
   Args:
     path: the folder; made if missing. It is this process's until it is closed:
-      a second run at the same time is refused (not behind an address).
+      a second run at the same time is refused (not behind an address), and so
+      is a comparison's folder.
     config: the resolved configuration. A folder whose checkpoints or metrics
       come from another one is refused, with the keys that differ. Where there
       are none, nothing is lost, and the new one takes its place.
@@ -59,6 +61,7 @@ class Workdir:
     tensorboard: bool = False,
   ):
     self.path = epath.Path(path)
+    check_holds_no_comparison(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
     self._lock = _lock(self.path) if is_writer else None
