@@ -67,6 +67,15 @@ class Corpus:
       facts[f"{name}_documents"] = store.num_documents
     return facts
 
+  def summary(self) -> str:
+    """The sizes in words."""
+    return ", ".join(
+      f"{store.num_tokens:,} tokens of {store.num_documents:,} documents {what}"
+      for store, what in (
+        (self.train, "to train on"), (self.validation, "held out"),
+      )
+    )  # fmt: skip
+
 
 def make_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
   """Reads and tokenises the text that `config` names; documents end in EOS.

@@ -20,6 +20,7 @@ from birdie.retrieval import RetrievalEvaluation
 from birdie.validation import Evaluator, eval_batches
 from common import hooks as hooks_lib
 from common.config import flatten
+from common.data.sources import source_name
 from common.data.tokenizers import Tokenizer, make_tokenizer
 from common.errors import UserError
 from common.metrics import Mean
@@ -284,7 +285,12 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     state = folder.resume(create, setup.abstract, loader, hooks.host)
     log.info(
       "%s",
-      startup_report(setup.mesh, state, global_batch=config.data.batch_size),
+      startup_report(
+        setup.mesh,
+        state,
+        global_batch=config.data.batch_size,
+        data=f"{source_name(config.data.source)}: {corpus.summary()}",
+      ),
     )
     progress.start(int(state.step))
     state = train(

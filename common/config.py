@@ -262,8 +262,17 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise UserError(
       f"no run in {os.fspath(workdir)!r}: it holds no {FILE_NAME}"
     ) from None
+  except NotADirectoryError:
+    raise UserError(_not_a_folder(os.fspath(workdir))) from None
   except (*files.JSON_ERRORS, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _not_a_folder(path: str) -> str:
+  folder = os.path.dirname(path) or os.curdir
+  if os.path.exists(os.path.join(folder, FILE_NAME)):
+    return f"{path!r} is a file: give its folder, {folder!r}"
+  return f"{path!r} is a file: give a run's folder"
 
 
 def check_kind(workdir: str | os.PathLike[str], config: Config) -> None:

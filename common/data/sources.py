@@ -22,7 +22,16 @@ from common.data.tfds_files import check_tfds
 from common.errors import UserError
 from common.files import JSON_ERRORS
 
-KINDS = ("python_docs", "tfds", "array_record", "jsonl", "text")
+# What each kind of text reads of `data.source`.
+_READ_BY = {
+  "python_docs": (),
+  "tfds": ("name", "split", "text_key", "data_dir"),
+  "array_record": ("path", "text_key"),
+  "jsonl": ("path", "text_key"),
+  "text": ("path", "separator"),
+}
+_UNSET = {"split": "train", "text_key": "text"}  # others are empty
+KINDS = tuple(_READ_BY)
 # Records read at once: one by one they come ten times slower.
 _READ = 256
 
@@ -75,12 +84,14 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
       refused unless `follow_links` is there and true.
 
   Raises:
-    UserError: for an unknown kind, and for data that is missing.
+    UserError: for an unknown kind, for a setting that the kind does not read,
+      and for data that is missing.
   """
   if cfg.kind not in KINDS:
     raise UserError(
       f"data.source.kind={cfg.kind!r}: choose one of {', '.join(KINDS)}"
     )
+  _check_read(cfg)
   if cfg.kind == "python_docs":
     return python_docs.PythonDocs()
   if cfg.kind == "tfds":
@@ -100,6 +111,27 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
     fingerprint=_fingerprint(files, cfg.kind, detail),
     read=lambda: (document for file in files for document in read(file)),
   )
+
+
+def source_name(cfg: Any) -> str:
+  """What a source of text is called, such as `text books/*.txt`."""
+  place = {"python_docs": "", "tfds": cfg.get("name", "")}
+  named = place.get(cfg.kind, cfg.get("path", ""))
+  return f"{cfg.kind} {named}".strip()
+
+
+def _check_read(cfg: Any) -> None:
+  """Nothing is ignored: a path without its kind would train on other text."""
+  for key in dict.fromkeys(key for keys in _READ_BY.values() for key in keys):
+    value = cfg.get(key, "")
+    if key in _READ_BY[cfg.kind] or value in ("", _UNSET.get(key)):
+      continue
+    kinds = [kind for kind, keys in _READ_BY.items() if key in keys]
+    raise UserError(
+      f"data.source.{key}={value!r} means nothing to data.source.kind="
+      f"{cfg.kind!r}: set data.source.kind to {' or '.join(kinds)}, or leave "
+      f"data.source.{key} out"
+    )
 
 
 def record_source(cfg: Any) -> Sequence[Any]:
@@ -150,6 +182,11 @@ def find_files(
     is_file = os.path.isfile(full)
     found = [full] if is_file else sorted(glob.glob(full))
     found = [file for file in found if os.path.isfile(file)]
+    if not found and os.path.isdir(full):
+      raise UserError(
+        f"{key}={pattern!r} is a folder: name its files, as in "
+        f"{os.path.join(pattern, '*')!r}"
+      )
     if not found:
       raise UserError(
         f"{key}={pattern!r}: no such file (looked from {os.getcwd()})"

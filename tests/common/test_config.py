@@ -270,6 +270,22 @@ def test_loading_from_a_folder_without_a_run(tmp_path):
     config_lib.load_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("run/model.safetensors", r"give its folder, '.*run'"),
+    ("notes.txt", "is a file: give a run's folder"),
+  ],
+)
+def test_a_file_is_no_folder_of_a_run(tmp_path, name, message):
+  run = tmp_path / "run"
+  run.mkdir()
+  config_lib.save_config(run, make_config())
+  (tmp_path / name).write_text("")
+  with pytest.raises(UserError, match=message):
+    config_lib.load_config(tmp_path / name)
+
+
 def test_saving_never_shows_half_a_file(tmp_path, monkeypatch):
   config_lib.save_config(tmp_path, make_config())
 
