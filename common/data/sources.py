@@ -350,7 +350,7 @@ def _prepare_command(name: str, data_dir: str) -> str:
     'python -c "import tensorflow_datasets as tfds; '
     f"tfds.builder({name!r}{where}, file_format='array_record')"
     '.download_and_prepare()" (some data sets need '
-    "pip install 'tetrad-jax[prepare]')"
+    "pip install -e '.[prepare]')"
   )
 
 
