@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from common.config import flatten
 from common.data.sources import source_name
 from common.data.tokenizers import Tokenizer, make_tokenizer
 from common.errors import UserError
-from common.metrics import Mean
+from common.metrics import Mean, read_metrics
 from common.optim import make_optimizer
 from common.parallel import (
   abstract_sharded,
@@ -302,8 +303,34 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh=setup.mesh,
     )
   if jax.process_index() == 0:
+    for line in last_scores(read_metrics(folder.path)):
+      log.info("%s", line)
     log.info("report: %s", write_report(folder.path))
   return state
+
+
+def last_scores(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+  """What a run has come to, in a line each: validation and retrieval.
+
+  Args:
+    lines: of its metrics.
+  """
+  made = []
+  for title, pattern in (("validation", "eval/loss"), ("retrieval", _SCORES)):
+    found = {
+      name.rpartition("/")[2]: (value, line["step"])
+      for line in lines
+      for name, value in line.items()
+      if re.fullmatch(pattern, name)
+    }
+    if found:
+      values = ", ".join(f"{name} {v:.4g}" for name, (v, _) in found.items())
+      steps = sorted({step for _, step in found.values()})
+      made.append(f"{title:11} {values} at step {steps[-1]}")
+  return made
+
+
+_SCORES = "retrieval/.+"
 
 
 def make_step(config: Any, setup: Setup) -> StepFn:

@@ -1,13 +1,15 @@
-"""A folder holds one run, or one comparison of many.
+"""What a folder is taken for: one run, or one comparison of many, or nothing.
 
-Both write `config.json` and `report.md` at its top, so that either would
-destroy what the other has left.
+Runs and comparisons both write `config.json` and `report.md` at its top, so
+that either would destroy what the other has left.
 """
 
+import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from common.errors import UserError
+from common.logs import FILE_NAME as LOG
 
 _RUN = ("checkpoints/*", "metrics.jsonl")
 _COMPARISON = ("runs/*/seed*/*", "runs/*/*/seed*/*")
@@ -58,3 +60,28 @@ def _holds(folder: str | os.PathLike, patterns: Iterable[str]) -> bool:
     for pattern in patterns
     for found in path.glob(pattern)
   )
+
+
+@contextlib.contextmanager
+def taken_when_used(folder: str) -> Iterator[None]:
+  """Leaves no log, and no folder, of a start that is refused.
+
+  What was there before stays, and so does a folder in which anything but the
+  log was made.
+
+  Args:
+    folder: may be missing; addresses are let alone.
+  """
+  path = os.path.abspath(os.path.expanduser(folder))
+  had_folder = os.path.exists(path)
+  had_log = os.path.exists(os.path.join(path, LOG))
+  try:
+    yield
+  except UserError:
+    if not had_log and "://" not in folder:
+      with contextlib.suppress(OSError):
+        if os.listdir(path) == [LOG]:
+          os.remove(os.path.join(path, LOG))
+        if not had_folder:
+          os.rmdir(path)  # refuses one that is not empty
+    raise

@@ -21,6 +21,7 @@ from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.parallel import check_same
 from common.places import check_holds_no_comparison
+from common.report import FILE_NAME as REPORT
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Workdir:
     tensorboard: bool = False,
   ):
     self.path = epath.Path(path)
+    self._num_steps = config.get("num_steps")
     check_holds_no_comparison(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
@@ -88,8 +90,19 @@ class Workdir:
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *exc: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     self.close()
+    if kind is KeyboardInterrupt:
+      raise KeyboardInterrupt(self._what_stays()) from None
+
+  def _what_stays(self) -> str:
+    """What an interrupted run goes on from."""
+    if not self.checkpointer.steps:
+      return "interrupted before the first checkpoint"
+    return (
+      f"interrupted: step {self.checkpointer.steps[-1]} is saved, and the same "
+      "command goes on"
+    )
 
   def _check_resume(self, config, free, facts, pinned) -> None:
     try:
@@ -152,7 +165,11 @@ class Workdir:
       self.writer.truncate(step)
     if state is None:
       return create()
-    log.info("resumed %s at step %d", self.path, step)
+    if step == self._num_steps:
+      page = self.path / REPORT
+      log.info("%s has finished; its report is %s", self.path, page)
+    else:
+      log.info("resumed %s at step %d", self.path, step)
     return state
 
   def close(self) -> None:

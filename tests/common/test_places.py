@@ -7,7 +7,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from common.comparison import run_jobs
-from common.places import check_holds_no_comparison, check_holds_no_run
+from common.errors import UserError
+from common.places import (
+  check_holds_no_comparison,
+  check_holds_no_run,
+  taken_when_used,
+)
 from common.workdir import Workdir
 
 RUNS = ("metrics.jsonl", "checkpoints/4/state")
@@ -71,3 +76,41 @@ def test_what_is_empty_or_new_is_nobodys(tmp_path):
   for folder in (tmp_path, tmp_path / "new"):
     check_holds_no_run(folder)
     check_holds_no_comparison(folder)
+
+
+@pytest.mark.parametrize(
+  ("before", "made", "after"),
+  [
+    (None, ["run.log"], None),
+    (None, [], None),
+    (None, ["run.log", "config.json"], ["config.json", "run.log"]),
+    ([], ["run.log"], []),
+    (["notes"], ["run.log"], ["notes", "run.log"]),
+    (["run.log"], [], ["run.log"]),
+  ],
+)
+def test_a_start_that_is_refused_leaves_no_log(
+  tmp_path, before, made, after, one_line
+):
+  folder = tmp_path / "run"
+  if before is not None:
+    folder.mkdir()
+    for name in before:
+      (folder / name).touch()
+
+  def start():
+    with taken_when_used(str(folder)):
+      folder.mkdir(exist_ok=True)
+      for name in made:
+        (folder / name).touch()
+      raise UserError("no")
+
+  one_line(start)
+  found = sorted(p.name for p in folder.iterdir()) if folder.exists() else None
+  assert found == after
+
+
+def test_a_start_that_goes_well_leaves_its_folder(tmp_path):
+  with taken_when_used(str(tmp_path / "run")):
+    (tmp_path / "run").mkdir()
+  assert (tmp_path / "run").is_dir()

@@ -85,3 +85,32 @@ def test_a_second_run_at_the_same_time_is_refused(tmp_path):
     open_run(tmp_path)
   with open_run(tmp_path):
     pass
+
+
+def test_an_interrupt_says_what_is_saved(tmp_path):
+  def interrupted(*steps):
+    with open_run(tmp_path) as folder:
+      for step in steps:
+        save(folder, step)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt, match="before the first checkpoint"):
+    interrupted()
+  with pytest.raises(KeyboardInterrupt) as caught:
+    interrupted(4, 8)
+  assert str(caught.value) == (
+    "interrupted: step 8 is saved, and the same command goes on"
+  )
+
+
+def test_a_finished_run_says_so(tmp_path, caplog):
+  caplog.set_level("INFO")
+  for _ in range(2):
+    config = ConfigDict({"num_steps": 8})
+    with Workdir(tmp_path, config) as folder:
+      resume(folder)
+      if not folder.checkpointer.steps:
+        save(folder, 8)
+  page = tmp_path / "report.md"
+  assert f"{tmp_path} has finished; its report is {page}" in caplog.messages
+  assert not any("resumed" in message for message in caplog.messages)
