@@ -96,10 +96,11 @@ def make_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     cache_dir=config.data.cache_dir,
     end=vocab.eos,
   )
+  found = sum(store.num_documents for store in stores.values())
   for split in ("train", "validation"):
     if not stores[split].num_documents:
       raise UserError(
-        f"no document falls into the {split} split: give more documents "
+        f"no document of {found} falls into the {split} split: give more "
         "(data.source.separator divides text files)"
       )
   return Corpus(tokenizer, vocab, stores["train"], stores["validation"])

@@ -339,7 +339,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plot(file: str, tasks: Mapping[str, Any]) -> None:
-  """The main metric of each task; dashed what a guess earns, dotted the prompt."""
+  """Tasks' main metrics; dashed what a guess earns, dotted the prompt."""
   import pathlib
 
   from common import files, plots

@@ -77,7 +77,7 @@ def summary(
   }
   for metric in metrics:
     found = shares([record.scores[metric] for record in records])
-    one: dict[str, float | None] = dataclasses.asdict(found)
+    one: dict[str, float | None] = {**dataclasses.asdict(found)}
     for name in BASELINES:
       values = [r.baselines[name].get(metric, np.nan) for r in records]
       mean = float(np.mean(values))

@@ -193,7 +193,7 @@ class Task:
       self._refuse(name, "a number, or the least and the most")
     low, high = pair
     if low > high:
-      self._refuse(name, "the least and the most, and the first is larger")
+      self._refuse(name, f"the least and the most: {low} is above {high}")
     if not least <= low <= high <= most:
       self._refuse(name, f"in {least} to {most}")
     object.__setattr__(self, name, (low, high))

@@ -188,7 +188,8 @@ def controller_config(config: Any) -> controller.ControllerConfig:
 
 # Settings that count something, with the least that makes sense.
 _LEAST = {
-  "num_steps": 1, "accum": 1, "data.sequence_length": 2, "data.batch_size": 1,
+  "seed": 0, "num_steps": 1, "accum": 1, "data.sequence_length": 2,
+  "data.batch_size": 1,
   "data.pack_rows": 1, "data.workers": 0, "data.prefetch": 0,
   "evaluation.rows": 1, "evaluation.batch_size": 1, "retrieval.every": 0,
   "retrieval.books": 1, "retrieval.batch_size": 1, "log.every": 1,

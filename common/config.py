@@ -20,6 +20,7 @@ from common.errors import UserError
 
 FILE_NAME = "config.json"
 _SHOWN = 8  # changed keys in a message
+_MANY = 6  # entries that are shown as one
 _TUPLE = "__tuple__"
 _FLOAT = "__float__"
 Config = ConfigDict | Mapping[str, Any]
@@ -164,6 +165,37 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
     else:
       flat[f"{prefix}{key}"] = value
   return flat
+
+
+def folded(config: Config, *, place: str) -> dict[str, str]:
+  """What a page shows of each key.
+
+  A mapping of many tuples of settings, as comparisons have one for each of
+  their systems, is a line of its own.
+
+  Args:
+    config: of any depth.
+    place: where all of it stands.
+  """
+  shown = {}
+
+  def add(mapping: Config, prefix: str) -> None:
+    values = list(mapping.values())
+    if len(values) >= _MANY and all(map(_is_texts, values)):
+      shown[prefix.rstrip(".")] = f"{len(values)} entries, see {place}"
+      return
+    for key, value in mapping.items():
+      if isinstance(value, (ConfigDict, Mapping)) and len(value):
+        add(value, f"{prefix}{key}.")
+      else:
+        shown[f"{prefix}{key}"] = repr(value)
+
+  add(config, "")
+  return shown
+
+
+def _is_texts(value: Any) -> bool:
+  return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
 
 
 def to_json(config: Config) -> str:

@@ -101,9 +101,10 @@ def shares(values: Values, level: float = 0.95) -> Shares:
   values, found = _vector(values), interval(values, level)
   mean, half = found.mean, found.half_width
   if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
-    z = stats.norm.ppf((1 + level) / 2) ** 2 / found.count  # z^2 / n
-    half = math.sqrt(z * mean * (1 - mean) + z**2 / 4) / (1 + z)
-    mean = (mean + z / 2) / (1 + z)
+    # z^2 / n
+    ratio = float(stats.norm.ppf((1 + level) / 2)) ** 2 / found.count
+    half = math.sqrt(ratio * mean * (1 - mean) + ratio**2 / 4) / (1 + ratio)
+    mean = (mean + ratio / 2) / (1 + ratio)
   # Rounding leaves the mean of 0 or 1 out.
   low = min(max(mean - half, 0.0), found.mean)
   return Shares(found.mean, low, max(min(mean + half, 1.0), found.mean))

@@ -247,7 +247,7 @@ def decode(data: bytes, place: str) -> str:
     return data.decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f"{place}: byte {error.start} is not UTF-8: convert the file"
+      f"{place}: byte {error.start + 1} is not UTF-8: convert the file"
     ) from error
 
 
@@ -257,7 +257,7 @@ def encodable(text: str, place: str) -> str:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f"{place}: character {error.start} is a lone surrogate: remove it"
+      f"{place}: character {error.start + 1} is a lone surrogate: remove it"
     ) from error
   return text
 

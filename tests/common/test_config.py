@@ -313,3 +313,16 @@ def test_a_config_file_imports_nothing_heavy():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == "set()"
+
+
+def test_pages_show_many_settings_of_systems_as_one():
+  systems = {f"s{i}": (f"seed={i}",) for i in range(6)}
+  config = ConfigDict(
+    {"seed": 0, "compare": {"settings": systems, "seeds": 3}, "free": {},
+     "betas": (0.9, 0.95), "few": {"a": ("x",)}}
+  )  # fmt: skip
+  assert config_lib.folded(config, place="x.py") == {
+    "seed": "0", "compare.settings": "6 entries, see x.py",
+    "compare.seeds": "3", "free": repr(ConfigDict({})),
+    "betas": "(0.9, 0.95)", "few.a": "('x',)",
+  }  # fmt: skip

@@ -86,14 +86,14 @@ def test_the_fingerprint_follows_files_and_settings(tmp_path):
 
 
 BAD = [
-  ("text", b"a\xff", {}, r"bad: byte 1 is not UTF-8"),
+  ("text", b"a\xff", {}, r"bad: byte 2 is not UTF-8"),
   ("text", b"", {}, "holds no text"),
   ("text", b" \n ", {}, "holds no text"),
   ("jsonl", b'{"text": "a"}\n{"x": 1}', {}, "bad:2: no key 'text'.* keys: x"),
   ("jsonl", b'{"text": "a"}\n{"text"', {}, "bad:2: not JSON"),
   ("jsonl", b"[1]", {}, "bad:1: not a JSON object"),
   ("jsonl", b'{"text": 3}', {}, "bad:1: 'text' is no text but int"),
-  ("jsonl", b'{"text": "\xff"}', {}, "bad:1: byte 10 is not UTF-8"),
+  ("jsonl", b'{"text": "\xff"}', {}, "bad:1: byte 11 is not UTF-8"),
   ("jsonl", b'{"text": "\\ud800"}', {}, "bad:1: .*lone surrogate"),
   ("jsonl", b"", {}, "holds no text"),
   ("jsonl", b"{}", {"text_key": ""}, "needs data.source.text_key"),
@@ -113,7 +113,7 @@ def test_bad_files_are_one_line_with_the_place(
 
 def test_a_bad_record_is_named(tmp_path):
   path = write_records(tmp_path / "r.array_record", [b"a", b"\xff"])
-  with pytest.raises(UserError, match=r"r.array_record: record 1: byte 0"):
+  with pytest.raises(UserError, match=r"r.array_record: record 1: byte 1"):
     texts(kind="array_record", path=path, text_key="")
 
 
