@@ -232,7 +232,7 @@ def test_processes_that_part_are_found_out(monkeypatch):
   monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.asarray)
   for _ in range(2):
     np.testing.assert_array_equal(agree(probs, {"a": probs}, 5), probs)
-  with pytest.raises(RuntimeError, match="step 5 differ between processes"):
+  with pytest.raises(RuntimeError, match="controllers after step 5"):
     agree(probs, {"a": probs[::-1]}, 5)
 
 
