@@ -62,6 +62,43 @@ def check_keys(
       raise UserError(f"{what}: unknown key {key!r}{did_you_mean(key, known)}")
 
 
+def check_read(
+  source: Config,
+  readers: Mapping[str, Iterable[str]],
+  *,
+  unset: Mapping[str, Any] | None = None,
+  key: str = "data.source",
+) -> None:
+  """Refuses what a source's kind does not read.
+
+  A path whose kind was forgotten would be ignored, and other data used.
+
+  Args:
+    source: `kind`, and settings of several kinds.
+    readers: the keys that each kind reads; others are not looked at.
+    unset: values that stand for none, beside those that are empty.
+    key: where the source stands in a configuration.
+
+  Raises:
+    UserError: naming the key and the kinds that read it.
+  """
+  kind = source["kind"]
+  for name in dict.fromkeys(n for names in readers.values() for n in names):
+    value = source.get(name)
+    if name in readers[kind] or value in (
+      None,
+      "",
+      (),
+      (unset or {}).get(name),
+    ):
+      continue
+    kinds = " or ".join(k for k, names in readers.items() if name in names)
+    raise UserError(
+      f"{key}.{name}={value!r} means nothing to {key}.kind={kind!r}: set "
+      f"{key}.kind to {kinds}, or leave {key}.{name} out"
+    )
+
+
 def apply_variants(
   config: ConfigDict,
   variant: str | None,

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from common.config import check_read
 from common.data import python_docs
 from common.data.folders import FOLLOW_LINKS, Inside
 from common.data.tfds_files import check_tfds
@@ -91,7 +92,7 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
     raise UserError(
       f"data.source.kind={cfg.kind!r}: choose one of {', '.join(KINDS)}"
     )
-  _check_read(cfg)
+  check_read(cfg, _READ_BY, unset=_UNSET)
   if cfg.kind == "python_docs":
     return python_docs.PythonDocs()
   if cfg.kind == "tfds":
@@ -118,20 +119,6 @@ def source_name(cfg: Any) -> str:
   place = {"python_docs": "", "tfds": cfg.get("name", "")}
   named = place.get(cfg.kind, cfg.get("path", ""))
   return f"{cfg.kind} {named}".strip()
-
-
-def _check_read(cfg: Any) -> None:
-  """Nothing is ignored: a path without its kind would train on other text."""
-  for key in dict.fromkeys(key for keys in _READ_BY.values() for key in keys):
-    value = cfg.get(key, "")
-    if key in _READ_BY[cfg.kind] or value in ("", _UNSET.get(key)):
-      continue
-    kinds = [kind for kind, keys in _READ_BY.items() if key in keys]
-    raise UserError(
-      f"data.source.{key}={value!r} means nothing to data.source.kind="
-      f"{cfg.kind!r}: set data.source.kind to {' or '.join(kinds)}, or leave "
-      f"data.source.{key} out"
-    )
 
 
 def record_source(cfg: Any) -> Sequence[Any]:
