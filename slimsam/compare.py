@@ -110,7 +110,7 @@ def compare(config: Any, workdir: str) -> str:
   check_one_process("slimsam.compare")
   check_local(workdir)
   folder = pathlib.Path(workdir)
-  check_holds_no_run(folder, BEGUN)
+  check_holds_no_run(folder, (*BEGUN, "*/metrics.jsonl"))
   jobs = make_jobs(config, folder)
   if any(folder.glob(f"runs/*/*/{RESULT}")):
     free = (*(key for key in FREE if key != "compare"), *_FREE)

@@ -62,11 +62,15 @@ def test_every_project_refuses(project, name, tmp_path, one_line):
   assert (tmp_path / "config.json").read_text() == "kept"
 
 
-def test_what_slimsam_leaves_is_a_run(tmp_path, one_line):
-  from slimsam.run import BEGUN
+@pytest.mark.parametrize("name", RUNS)
+def test_what_slimsam_leaves_is_a_run(tmp_path, name, one_line):
+  """Each of its trainings has a folder below the run's."""
+  from configs.slimsam import get_config
+  from slimsam.compare import compare
 
-  fill(tmp_path, "teacher/checkpoints/4/state")
-  assert "holds a run" in one_line(check_holds_no_run, tmp_path, BEGUN)
+  fill(tmp_path, f"teacher/{name}")
+  said = one_line(compare, get_config("smoke"), str(tmp_path))
+  assert "holds a run" in said
 
 
 def test_what_is_empty_or_new_is_nobodys(tmp_path):
