@@ -147,8 +147,27 @@ def _check_task(config: Any) -> None:
   if not config.compare.lookups:
     raise UserError("compare.lookups is empty: name at least one number")
   tokenizer = make_tokenizer(config.tokenizer)
+  _check_keys(config.compare.finetune.task)
   _tasks(config, make_vocabulary(tokenizer), tokenizer)
-  train.make_setup(finetuning(config), tokenizer)
+  try:
+    train.make_setup(finetuning(config), tokenizer)
+  except UserError as error:  # its keys are those of a training
+    raise UserError(f"compare.finetune: {error}") from None
+
+
+def _check_keys(task: Any) -> None:
+  """Refuses settings that a task does not have, such as another's."""
+  from birdie.problems import settings_of
+  from birdie.tasks import TASKS
+  from common.errors import UserError
+
+  known = settings_of(TASKS[task.name]) if task.name in TASKS else task
+  for key in task:
+    if key not in ("name", *known):
+      raise UserError(
+        f"compare.finetune.task: {task.name!r} has no {key!r}: another task is "
+        "set as a whole, in a config file of your own"
+      )
 
 
 def _tasks(config: Any, vocab: Any, tokenizer: Any) -> dict[int, Any]:

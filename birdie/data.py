@@ -67,6 +67,15 @@ class Corpus:
       facts[f"{name}_documents"] = store.num_documents
     return facts
 
+  def summary(self) -> str:
+    """The sizes in words."""
+    return ", ".join(
+      f"{store.num_tokens:,} tokens of {store.num_documents:,} documents {what}"
+      for store, what in (
+        (self.train, "to train on"), (self.validation, "held out"),
+      )
+    )  # fmt: skip
+
 
 def make_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
   """Reads and tokenises the text that `config` names; documents end in EOS.
@@ -87,10 +96,11 @@ def make_corpus(config: Any, tokenizer: Tokenizer | None = None) -> Corpus:
     cache_dir=config.data.cache_dir,
     end=vocab.eos,
   )
+  found = sum(store.num_documents for store in stores.values())
   for split in ("train", "validation"):
     if not stores[split].num_documents:
       raise UserError(
-        f"no document falls into the {split} split: give more documents "
+        f"no document of {found} falls into the {split} split: give more "
         "(data.source.separator divides text files)"
       )
   return Corpus(tokenizer, vocab, stores["train"], stores["validation"])

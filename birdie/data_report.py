@@ -56,7 +56,7 @@ def data_report(
     "mean n": [f"{v:.0f}" for v in stats.prefix_tokens / count],
     "mean m": [f"{v:.0f}" for v in stats.target_tokens / count],
     "hidden": [
-      f"{max(1 - seen / max(text, 1), 0):.1%}"
+      f"{max(1 - seen / text, 0):.1%}" if text else "–"
       for seen, text in zip(visible, stats.text_tokens)
     ],
     "dropped": [str(v) for v in stats.dropped],

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,8 +63,13 @@ def main() -> None:
       parser.error(f"--{name}={getattr(args, name)} must be at least 1")
   if args.plot:
     _check_plot(parser, args.plot)
-  names = (args.tasks or ("" if args.objectives else DEFAULT_TASKS)).split(",")
-  names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+  asked = args.tasks
+  if asked is None:
+    asked = "" if args.objectives else DEFAULT_TASKS
+  names = [name.strip() for name in asked.split(",") if name.strip()]
+  names = list(dict.fromkeys(names))
+  if args.tasks is not None and not names:
+    parser.error(f"--tasks={args.tasks!r} names no task: leave it out")
   if args.plot and not names:
     parser.error("--plot shows tasks: name some with --tasks")
   grids = make_grids(names, args.set, args.data)
@@ -77,7 +83,7 @@ def main() -> None:
     corpus = _corpus(run, args.run)
   cells = {name: make_cells(run, corpus, name, grids[name]) for name in names}
   for name in names:
-    found["tasks"][name] = _evaluate(run, cells[name], args)
+    found["tasks"][name] = _evaluate(run, name, cells[name], args)
   if args.objectives:
     found["objectives"] = _objectives(run, corpus, args.batch_size)
   if args.plot:
@@ -210,7 +216,10 @@ def _corpus(run: Any, folder: str) -> Any:
 # -- what is found -------------------------------------------------------------
 
 
-def _evaluate(run: Any, cells: Sequence[Any], args: Any) -> dict[str, Any]:
+def _evaluate(
+  run: Any, name: str, cells: Sequence[Any], args: Any
+) -> dict[str, Any]:
+  """Answers every combination; each is a line on the error stream."""
   from birdie import evaluation
   from birdie.answering import answer
 
@@ -220,12 +229,20 @@ def _evaluate(run: Any, cells: Sequence[Any], args: Any) -> dict[str, Any]:
     )
 
   records, settings = [], []
-  for chosen, task in cells:
+  for number, (chosen, task) in enumerate(cells, 1):
     made = evaluation.evaluate(
       task, answers, problems=args.problems, seed=args.seed
     )
     records += made
     settings += [chosen] * len(made)
+    metric = task.metrics[0]
+    mean = sum(record.scores[metric] for record in made) / len(made)
+    named = " ".join(f"{key}={value}" for key, value in chosen.items())
+    print(
+      f"[{number}/{len(cells)}] {name} {named}: {metric} {100 * mean:.1f} %",
+      file=sys.stderr,
+      flush=True,
+    )
   return evaluation.page_data(records, settings, cells[0][1])
 
 
@@ -294,12 +311,11 @@ def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _cells(row: Mapping[str, Any], metric: str) -> tuple[str, ...]:
   one = row["metrics"][metric]
-  half = one["half_width"]
-  width = "–" if half is None else f"{100 * half:.1f}"
+  low, mean, high = (f"{100 * one[key]:.1f}" for key in ("low", "mean", "high"))
   baselines = (
     "–" if one[name] is None else f"{100 * one[name]:.1f}" for name in HEADS[1:]
   )
-  return str(row["problems"]), f"{100 * one['mean']:.1f} ± {width}", *baselines
+  return str(row["problems"]), f"{mean} ({low}–{high})", *baselines
 
 
 def _losses(objectives: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -323,7 +339,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plot(file: str, tasks: Mapping[str, Any]) -> None:
-  """The main metric of each task; dashed what a guess earns."""
+  """Tasks' main metrics; dashed what a guess earns, dotted the prompt."""
   import pathlib
 
   from common import files, plots
@@ -341,7 +357,7 @@ def _plot(file: str, tasks: Mapping[str, Any]) -> None:
       axes.xaxis.set_major_formatter("{x:g}")
     left.set_xlabel("look-ups")
     right.set_xlabel("tokens of the prompt")
-    left.set_ylabel("share right, dashed: guessed")
+    left.set_ylabel("share right (dashed: guess, dotted: context)")
     left.set_ylim(-0.02, 1.02)
     right.legend()
     files.replace(pathlib.Path(file), plots.png(figure))
@@ -355,17 +371,21 @@ def _curve(axes, label, task, key: str, fact: str, palette) -> None:
   axes.errorbar(
     places,
     [one["mean"] for one in own],
-    [one["half_width"] or 0 for one in own],
+    [
+      [one["mean"] - one["low"] for one in own],
+      [one["high"] - one["mean"] for one in own],
+    ],
     color=colour,
     marker="o",
     markersize=3.5,
     capsize=2,
     label=label,
   )
-  guessed = [(x, one["guess"]) for x, one in zip(places, own)]
-  guessed = [(x, y) for x, y in guessed if y is not None]
-  if guessed:
-    axes.plot(*zip(*guessed), color=colour, linestyle="--", linewidth=1)
+  for name, style in (("guess", "--"), ("context", ":")):
+    known = [(x, one[name]) for x, one in zip(places, own)]
+    known = [(x, y) for x, y in known if y is not None]
+    if known:
+      axes.plot(*zip(*known), color=colour, linestyle=style, linewidth=1)
 
 
 if __name__ == "__main__":

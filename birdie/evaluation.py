@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from birdie.problems import Problem, Scores, Task, majority
-from common.statistics import interval
+from common.statistics import shares
 
 BASELINES = ("guess", "majority", "context")
 Answer = Callable[[Task, Sequence[Problem]], Sequence[np.ndarray]]
@@ -67,7 +67,7 @@ def summary(
     metrics: their names.
 
   Returns:
-    Plain data; None where there is no baseline, or no interval of one problem.
+    Plain data; None where there is no baseline.
   """
   row: dict[str, Any] = {
     "problems": len(records),
@@ -76,9 +76,8 @@ def summary(
     "metrics": {},
   }
   for metric in metrics:
-    found = interval([record.scores[metric] for record in records])
-    half = found.half_width if found.count > 1 else None
-    one: dict[str, float | None] = {"mean": found.mean, "half_width": half}
+    found = shares([record.scores[metric] for record in records])
+    one: dict[str, float | None] = {**dataclasses.asdict(found)}
     for name in BASELINES:
       values = [r.baselines[name].get(metric, np.nan) for r in records]
       mean = float(np.mean(values))

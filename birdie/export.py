@@ -83,7 +83,7 @@ def main() -> None:
     parser.error(f"--dtype={args.dtype} must be float32 or bfloat16")
   if importlib.util.find_spec("flatbuffers") is None:
     raise UserError(
-      "programs are kept with flatbuffers: pip install 'tetrad-jax[export]'"
+      "programs are kept with flatbuffers: pip install -e '.[export]'"
     )
 
   from birdie import weights

@@ -47,11 +47,11 @@ def make_parser() -> Parser:
     metavar="TEXT",
     help="ends a continuation; may be given several times",
   )
-  add("--max_tokens", type=int, default=200)
-  add("--temperature", type=float, default=0.8, help="0: the likeliest token")
-  add("--top_k", type=int, default=0, help="0: all")
-  add("--top_p", type=float, default=1.0)
-  add("--seed", type=int, default=0)
+  add("--max_tokens", type=int, default=200, help="at most (200)")
+  add("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+  add("--top_k", type=int, default=0, help="likeliest tokens; 0: all (0)")
+  add("--top_p", type=float, default=1.0, help="their share; 1: all (1.0)")
+  add("--seed", type=int, default=0, help="of what is drawn (0)")
   add("--step", type=int, help="which checkpoint; else the newest")
   return parser
 
@@ -99,6 +99,8 @@ def _check(parser: Parser, args: argparse.Namespace) -> None:
     parser.error("--stop is empty: leave it out")
   if args.out is not None and args.file is None:
     parser.error(f"--out={args.out} goes with --file")
+  if args.out is not None and pathlib.Path(args.out).expanduser().is_file():
+    raise UserError(f"--out={args.out} is there already: name a new one")
 
 
 def _is_unicode(text: str) -> bool:

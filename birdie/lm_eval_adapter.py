@@ -24,7 +24,7 @@ from common.errors import UserError
 
 NAME = "birdie"
 Pair = tuple[np.ndarray, np.ndarray]
-_INSTALL = "pip install 'tetrad-jax[evaluation]'"
+_INSTALL = "pip install -e '.[evaluation]'"
 _NEW_TOKENS = 256  # where a task does not say
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
 _KNOWN = ("until", *_LENGTHS, "do_sample", "temperature", "top_k", "top_p")

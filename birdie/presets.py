@@ -154,7 +154,10 @@ def make_mixture(
     UserError: for unknown keys, names used twice, or an entry that does not
       fit a row.
   """
-  made = tuple(make_configuration(e, vocab, encode=encode) for e in entries)
+  made = tuple(
+    make_configuration(entry, vocab, encode=encode)
+    for entry in _checked(entries)
+  )
   names = [c.name for c in made]
   for c in made:
     if names.count(c.name) > 1:
@@ -165,10 +168,38 @@ def make_mixture(
     if smallest_size(c) > sequence_length:
       raise UserError(
         f"mixture: {c.name!r} needs {smallest_size(c)} places, a row has "
-        f"{sequence_length}: lower its min_length or raise "
+        f"{sequence_length}: lower its {_sizes(c)} or raise "
         "data.sequence_length"
       )
   return Preset(made, normalized([c.weight for c in made]))
+
+
+def _checked(entries: Any) -> Iterable[Mapping[str, Any]]:
+  """Refuses what a comma that is missing makes of a tuple of entries."""
+  if isinstance(entries, str) or hasattr(entries, "keys"):
+    raise UserError(
+      f"mixture.entries={entries!r} is one entry and no tuple of them: write "
+      "({'objective': …},), with a comma behind it"
+    )
+  for entry in entries:
+    if not hasattr(entry, "keys"):
+      raise UserError(
+        f"mixture.entries: {entry!r} is no entry: write {{'objective': …}}"
+      )
+  return entries
+
+
+def _sizes(configuration: Configuration) -> str:
+  """The settings that make an example longer."""
+  cfg = configuration.cfg
+  if not isinstance(cfg, Task):
+    return "min_length"
+  pairs = [
+    name
+    for name in settings_of(type(cfg))
+    if isinstance(getattr(cfg, name), tuple) and name != "paradigm"
+  ]
+  return " or ".join(pairs) or "sizes"
 
 
 def with_shares(
@@ -225,6 +256,16 @@ def make_configuration(
   entry = dict(entry)
   objective = entry.pop("objective", None)
   known = _controls()
+  if objective is None:
+    raise UserError(
+      "mixture: an entry has no key 'objective'; its keys: "
+      f"{', '.join(map(repr, entry)) or 'none'}"
+    )
+  if objective in TASKS and not TASKS[objective].is_trainable:
+    raise UserError(
+      f"mixture: objective {objective!r} is for evaluation only: give it to "
+      "birdie.evaluate --tasks"
+    )
   if objective not in known:
     raise UserError(
       f"mixture: objective {objective!r} is unknown"

@@ -192,6 +192,8 @@ class Task:
     if not (fits and all(_is_count(v) for v in pair)):
       self._refuse(name, "a number, or the least and the most")
     low, high = pair
+    if low > high:
+      self._refuse(name, f"the least and the most: {low} is above {high}")
     if not least <= low <= high <= most:
       self._refuse(name, f"in {least} to {most}")
     object.__setattr__(self, name, (low, high))

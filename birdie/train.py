@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,10 @@ from birdie.retrieval import RetrievalEvaluation
 from birdie.validation import Evaluator, eval_batches
 from common import hooks as hooks_lib
 from common.config import flatten
+from common.data.sources import source_name
 from common.data.tokenizers import Tokenizer, make_tokenizer
 from common.errors import UserError
-from common.metrics import Mean
+from common.metrics import Mean, read_metrics
 from common.optim import make_optimizer
 from common.parallel import (
   abstract_sharded,
@@ -186,7 +188,8 @@ def controller_config(config: Any) -> controller.ControllerConfig:
 
 # Settings that count something, with the least that makes sense.
 _LEAST = {
-  "num_steps": 1, "accum": 1, "data.sequence_length": 2, "data.batch_size": 1,
+  "seed": 0, "num_steps": 1, "accum": 1, "data.sequence_length": 2,
+  "data.batch_size": 1,
   "data.pack_rows": 1, "data.workers": 0, "data.prefetch": 0,
   "evaluation.rows": 1, "evaluation.batch_size": 1, "retrieval.every": 0,
   "retrieval.books": 1, "retrieval.batch_size": 1, "log.every": 1,
@@ -284,7 +287,12 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
     state = folder.resume(create, setup.abstract, loader, hooks.host)
     log.info(
       "%s",
-      startup_report(setup.mesh, state, global_batch=config.data.batch_size),
+      startup_report(
+        setup.mesh,
+        state,
+        global_batch=config.data.batch_size,
+        data=f"{source_name(config.data.source)}: {corpus.summary()}",
+      ),
     )
     progress.start(int(state.step))
     state = train(
@@ -296,8 +304,34 @@ def train_and_evaluate(config: Any, workdir: str) -> TrainState:
       mesh=setup.mesh,
     )
   if jax.process_index() == 0:
+    for line in last_scores(read_metrics(folder.path)):
+      log.info("%s", line)
     log.info("report: %s", write_report(folder.path))
   return state
+
+
+def last_scores(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+  """What a run has come to, in a line each: validation and retrieval.
+
+  Args:
+    lines: of its metrics.
+  """
+  made = []
+  for title, pattern in (("validation", "eval/loss"), ("retrieval", _SCORES)):
+    found = {
+      name.rpartition("/")[2]: (value, line["step"])
+      for line in lines
+      for name, value in line.items()
+      if re.fullmatch(pattern, name)
+    }
+    if found:
+      values = ", ".join(f"{name} {v:.4g}" for name, (v, _) in found.items())
+      steps = sorted({step for _, step in found.values()})
+      made.append(f"{title:11} {values} at step {steps[-1]}")
+  return made
+
+
+_SCORES = "retrieval/.+"
 
 
 def make_step(config: Any, setup: Setup) -> StepFn:

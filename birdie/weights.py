@@ -137,7 +137,10 @@ def _read_facts(source: Any) -> dict[str, Any]:
 def _last_metrics(
   config: Any, source: Any, step: int
 ) -> list[tuple[str, float]]:
-  """The last values that were written up to a step, by name."""
+  """The last values that were written up to a step, by name.
+
+  A mixture that was chosen at that step has not been trained on.
+  """
   from common.metrics import FILE_NAME, read_metrics
 
   if is_model(config):
@@ -151,6 +154,7 @@ def _last_metrics(
         name: value
         for name, value in line.items()
         if name.startswith(_SHOWN_METRICS) and value is not None
+        if line["step"] < step or not name.startswith("mixture/")
       }
   return sorted(found.items())
 

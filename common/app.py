@@ -24,6 +24,7 @@ from common.addresses import bind_address
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, UserError
 from common.logs import logging_to, one_line
+from common.places import taken_when_used
 
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
@@ -94,14 +95,16 @@ def run(
       print(_plan(config, programs, args.plan))
       return
     _check_distributed(args)
-    workdir = make_workdir(args.workdir or _default_workdir(args.config, verb))
-    config_lib.check_kind(workdir, config)
-    _start_jax(args, config)
-    with (
-      logging_to(workdir, own={"common", name, "__main__"}),
-      preemptible(),
-    ):
-      main(config, workdir)
+    place = args.workdir or _default_workdir(args.config, verb)
+    with taken_when_used(place):
+      workdir = make_workdir(place)
+      config_lib.check_kind(workdir, config)
+      _start_jax(args, config)
+      with (
+        logging_to(workdir, own={"common", name, "__main__"}),
+        preemptible(),
+      ):
+        main(config, workdir)
 
   leave(call(start), at_once=is_process)
 

@@ -366,8 +366,16 @@ def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
   """
   path = _absolute(directory)
   if not epath.Path(path).exists():
-    raise UserError(f"no checkpoints in {path}: train first")
+    raise UserError(f"no checkpoints in {path}: {_why_none(path)}")
   return sorted(ocp.utils.checkpoint_steps(path))
+
+
+def _why_none(path: str) -> str:
+  """A comparison removes them when a job, of one or more runs, is done."""
+  run = epath.Path(path).parent
+  if any((folder / "result.json").exists() for folder in (run, run.parent)):
+    return "a comparison keeps them with --config.compare.keep_checkpoints=true"
+  return "train first"
 
 
 def load_params(

@@ -176,13 +176,16 @@ def run_jobs(
     The page's path.
 
   Raises:
-    UserError: for a folder of another comparison, and as the jobs do.
+    UserError: for a folder of another comparison or of a run, and as the jobs
+      do.
   """
   from etils import epath
 
   from common import config as config_lib
+  from common.places import check_holds_no_run
 
   folder = epath.Path(workdir)
+  check_holds_no_run(folder)
   if any(folder.glob(f"runs/*/*/{RESULT}")):
     config_lib.check_resume(folder, config, free=free)
   folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from common.errors import UserError
 
 FILE_NAME = "config.json"
 _SHOWN = 8  # changed keys in a message
+_MANY = 6  # entries that are shown as one
 _TUPLE = "__tuple__"
 _FLOAT = "__float__"
 Config = ConfigDict | Mapping[str, Any]
@@ -59,6 +60,43 @@ def check_keys(
   for key in given:
     if key not in known:
       raise UserError(f"{what}: unknown key {key!r}{did_you_mean(key, known)}")
+
+
+def check_read(
+  source: Config,
+  readers: Mapping[str, Iterable[str]],
+  *,
+  unset: Mapping[str, Any] | None = None,
+  key: str = "data.source",
+) -> None:
+  """Refuses what a source's kind does not read.
+
+  A path whose kind was forgotten would be ignored, and other data used.
+
+  Args:
+    source: `kind`, and settings of several kinds.
+    readers: the keys that each kind reads; others are not looked at.
+    unset: values that stand for none, beside those that are empty.
+    key: where the source stands in a configuration.
+
+  Raises:
+    UserError: naming the key and the kinds that read it.
+  """
+  kind = source["kind"]
+  for name in dict.fromkeys(n for names in readers.values() for n in names):
+    value = source.get(name)
+    if name in readers[kind] or value in (
+      None,
+      "",
+      (),
+      (unset or {}).get(name),
+    ):
+      continue
+    kinds = " or ".join(k for k, names in readers.items() if name in names)
+    raise UserError(
+      f"{key}.{name}={value!r} means nothing to {key}.kind={kind!r}: set "
+      f"{key}.kind to {kinds}, or leave {key}.{name} out"
+    )
 
 
 def apply_variants(
@@ -166,6 +204,37 @@ def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+def folded(config: Config, *, place: str) -> dict[str, str]:
+  """What a page shows of each key.
+
+  A mapping of many tuples of settings, as comparisons have one for each of
+  their systems, is a line of its own.
+
+  Args:
+    config: of any depth.
+    place: where all of it stands.
+  """
+  shown = {}
+
+  def add(mapping: Config, prefix: str) -> None:
+    values = list(mapping.values())
+    if len(values) >= _MANY and all(map(_is_texts, values)):
+      shown[prefix.rstrip(".")] = f"{len(values)} entries, see {place}"
+      return
+    for key, value in mapping.items():
+      if isinstance(value, (ConfigDict, Mapping)) and len(value):
+        add(value, f"{prefix}{key}.")
+      else:
+        shown[f"{prefix}{key}"] = repr(value)
+
+  add(config, "")
+  return shown
+
+
+def _is_texts(value: Any) -> bool:
+  return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+
+
 def to_json(config: Config) -> str:
   """Returns JSON that `from_json` turns into an equal configuration.
 
@@ -262,8 +331,17 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise UserError(
       f"no run in {os.fspath(workdir)!r}: it holds no {FILE_NAME}"
     ) from None
+  except NotADirectoryError:
+    raise UserError(_not_a_folder(os.fspath(workdir))) from None
   except (*files.JSON_ERRORS, TypeError, AttributeError) as error:
     raise UserError(f"{path} is damaged: {error}") from None
+
+
+def _not_a_folder(path: str) -> str:
+  folder = os.path.dirname(path) or os.curdir
+  if os.path.exists(os.path.join(folder, FILE_NAME)):
+    return f"{path!r} is a file: give its folder, {folder!r}"
+  return f"{path!r} is a file: give a run's folder"
 
 
 def check_kind(workdir: str | os.PathLike[str], config: Config) -> None:

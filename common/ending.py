@@ -40,8 +40,8 @@ def call(function: Callable[[], Any]) -> int:
     return _say(1, f"error: {one_line(error)}")
   except Preempted as error:
     return _say(143, one_line(error))
-  except KeyboardInterrupt:
-    return _say(130, "interrupted")
+  except KeyboardInterrupt as error:  # a run says what it has saved
+    return _say(130, one_line(error) or "interrupted")
   except Exception as error:
     refused = [e for e in _chain(error) if storage_error(e)]
     # While everything is closed others follow, which know no place.

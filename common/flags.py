@@ -225,11 +225,9 @@ def _check_elements(key: str, old: tuple, new: tuple) -> None:
 def config_help(argument: str) -> str:
   """Returns the part of `--help` that lists a config file's keys."""
   config, variants = load_config_file(argument)
-  flat = config_lib.flatten(config)
-  width = max(map(len, flat), default=0)
-  lines = [
-    f"  --config.{key:<{width}}  {value!r}" for key, value in flat.items()
-  ]
+  shown = config_lib.folded(config, place=split_config_argument(argument)[0])
+  width = max(map(len, shown), default=0)
+  lines = [f"  --config.{key:<{width}}  {text}" for key, text in shown.items()]
   text = f"\nkeys of {argument} and their defaults:\n"
   text += "".join(f"{line}\n" for line in lines)
   if variants:

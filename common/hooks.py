@@ -186,12 +186,17 @@ class StopOnNonFinite:
   def _check(self, totals, step: int, metrics, batch) -> None:
     if np.isfinite(jax.device_get(totals)).all():
       return
-    values = {k: float(m.total) for k, m in jax.device_get(metrics).items()}
-    bad = {k: v for k, v in values.items() if not np.isfinite(v)}
-    names = ", ".join(f"{name} is {value}" for name, value in bad.items())
+    found = [name for name in self._watched if name in metrics]
+    values = dict(zip(found, map(float, jax.device_get(totals))))
+    names = ", ".join(
+      f"{name} is {value}"
+      for name, value in values.items()
+      if not np.isfinite(value)
+    )
     raise NonFiniteError(
       f"step {step}: {names}; batch {fingerprint(batch)}; the checkpoints "
-      "hold no state after the one before this step"
+      "hold no state after the one before this step: try a lower optim.lr, or "
+      "optim.clip_norm"
     )
 
 

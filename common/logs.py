@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from common.errors import Preempted, RunError, UserError
 
 log = logging.getLogger(__name__)
+FILE_NAME = "run.log"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -50,7 +51,7 @@ def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
   handlers[0].setLevel(logging.INFO if first else logging.WARNING)
   handlers[0].setFormatter(logging.Formatter("%(message)s"))
   if first and "://" not in workdir:
-    handlers.append(logging.FileHandler(os.path.join(workdir, "run.log")))
+    handlers.append(logging.FileHandler(os.path.join(workdir, FILE_NAME)))
     handlers[1].setFormatter(
       logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )

@@ -185,7 +185,7 @@ def _board_maker(workdir: epath.Path) -> Any:
     import tensorboardX
   except ImportError:
     raise UserError(
-      "TensorBoard events need tensorboardX: pip install '.[tensorboard]'"
+      "TensorBoard events need tensorboardX: pip install -e '.[tensorboard]'"
     ) from None
   folder = os.fspath(workdir / "tensorboard")
   return lambda step: tensorboardX.SummaryWriter(folder, purge_step=step)

@@ -192,9 +192,11 @@ def _plot_sections(plots: Sequence[Plot], lines, folder: Any) -> list[str]:
 
 
 def _config_section(config: Any) -> str:
-  from common.config import flatten
+  from common.config import FILE_NAME as CONFIG
+  from common.config import folded
 
-  rows = [(f"`{k}`", f"`{v!r}`") for k, v in flatten(config).items()]
+  shown = folded(config, place=CONFIG)
+  rows = [(f"`{key}`", f"`{text}`") for key, text in shown.items()]
   return "## Configuration\n\n" + markdown_table(("key", "value"), rows)
 
 

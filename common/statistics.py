@@ -1,4 +1,4 @@
-"""What a handful of seeds says: t-intervals, paired differences, families.
+"""What a handful of seeds says: intervals, paired differences, families.
 
 Seeds are few, so the factor is Student's and not 1.96; and all methods run on
 the same seeds, so they are compared seed by seed: what a seed does to all of
@@ -67,6 +67,47 @@ def interval(values: Values, level: float = 0.95) -> Interval:
   factor = stats.t.ppf((1 + level) / 2, count - 1)  # NaN for one value
   mean, error = _mean_and_error(values)
   return Interval(mean, float(factor * error), count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+  """A mean of shares and the interval around it, both from 0 to 1."""
+
+  mean: float
+  low: float
+  high: float
+
+
+def shares(values: Values, level: float = 0.95) -> Shares:
+  """The mean of shares, such as of answers that are right or wrong.
+
+  Values that are all 0 or 1, or all the same, get Wilson's interval, which is
+  as wide as so many draws leave it even where all are right or none is; others
+  get the t-interval, as far as it lies within 0 to 1.
+
+      (p + z^2 / 2n ± z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+  Args:
+    values: [n], from 0 to 1, independent.
+    level: the coverage, between 0 and 1.
+
+  Raises:
+    UserError: without values, or for a level out of range.
+
+  References:
+    Wilson, Probable Inference, the Law of Succession, and Statistical
+    Inference, 1927
+  """
+  values, found = _vector(values), interval(values, level)
+  mean, half = found.mean, found.half_width
+  if np.isin(values, (0, 1)).all() or np.ptp(values) == 0:
+    # z^2 / n
+    ratio = float(stats.norm.ppf((1 + level) / 2)) ** 2 / found.count
+    half = math.sqrt(ratio * mean * (1 - mean) + ratio**2 / 4) / (1 + ratio)
+    mean = (mean + ratio / 2) / (1 + ratio)
+  # Rounding leaves the mean of 0 or 1 out.
+  low = min(max(mean - half, 0.0), found.mean)
+  return Shares(found.mean, low, max(min(mean + half, 1.0), found.mean))
 
 
 def paired(

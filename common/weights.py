@@ -15,8 +15,8 @@ from common.logs import one_line
 
 Weights = Mapping[str, np.ndarray]
 
-_SAFETENSORS = "pip install 'tetrad-jax[weights]'"
-_TORCH = "pip install 'tetrad-jax[parity]'"
+_SAFETENSORS = "pip install -e '.[weights]'"
+_TORCH = "pip install -e '.[parity]'"
 _TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model")  # keys under which checkpoints keep weights
 

@@ -20,6 +20,8 @@ from common.errors import UserError
 from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.parallel import check_same
+from common.places import check_holds_no_comparison
+from common.report import FILE_NAME as REPORT
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ class Workdir:
 
   Args:
     path: the folder; made if missing. It is this process's until it is closed:
-      a second run at the same time is refused (not behind an address).
+      a second run at the same time is refused (not behind an address), and so
+      is a comparison's folder.
     config: the resolved configuration. A folder whose checkpoints or metrics
       come from another one is refused, with the keys that differ. Where there
       are none, nothing is lost, and the new one takes its place.
@@ -59,6 +62,8 @@ class Workdir:
     tensorboard: bool = False,
   ):
     self.path = epath.Path(path)
+    self._num_steps = config.get("num_steps")
+    check_holds_no_comparison(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
     self._lock = _lock(self.path) if is_writer else None
@@ -89,8 +94,19 @@ class Workdir:
   def __enter__(self) -> "Workdir":
     return self
 
-  def __exit__(self, *exc: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
     self.close()
+    if kind is KeyboardInterrupt:
+      raise KeyboardInterrupt(self._what_stays()) from None
+
+  def _what_stays(self) -> str:
+    """What an interrupted run goes on from."""
+    if not self.checkpointer.steps:
+      return "interrupted before the first checkpoint"
+    return (
+      f"interrupted: step {self.checkpointer.steps[-1]} is saved, and the same "
+      "command goes on"
+    )
 
   def _check_resume(self, config, free, facts, pinned) -> None:
     try:
@@ -172,7 +188,11 @@ class Workdir:
       self.writer.truncate(step)
     if state is None:
       return create()
-    log.info("resumed %s at step %d", self.path, step)
+    if step == self._num_steps:
+      page = self.path / REPORT
+      log.info("%s has finished; its report is %s", self.path, page)
+    else:
+      log.info("resumed %s at step %d", self.path, step)
     return state
 
   def close(self) -> None:

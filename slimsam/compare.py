@@ -102,13 +102,15 @@ def compare(config: Any, workdir: str) -> str:
   """
 
   from common import config as config_lib
+  from common.places import check_holds_no_run
   from slimsam.checks import check_local
   from slimsam.comparison import draw_curve, draw_masks, write_page
-  from slimsam.run import FREE
+  from slimsam.run import BEGUN, FREE
 
   check_one_process("slimsam.compare")
   check_local(workdir)
   folder = pathlib.Path(workdir)
+  check_holds_no_run(folder, (*BEGUN, "*/metrics.jsonl"))
   jobs = make_jobs(config, folder)
   if any(folder.glob(f"runs/*/*/{RESULT}")):
     free = (*(key for key in FREE if key != "compare"), *_FREE)

@@ -138,8 +138,7 @@ def _check(
   for name in formats:
     if importlib.util.find_spec(FORMATS[name]) is None:
       raise UserError(
-        f"--format={name} needs {FORMATS[name]}: "
-        "pip install 'tetrad-jax[export]'"
+        f"--format={name} needs {FORMATS[name]}: pip install -e '.[export]'"
       )
 
 

@@ -197,7 +197,7 @@ class Graph:
       from onnx import helper, numpy_helper  # type: ignore
     except ImportError as error:
       raise UserError(
-        f"{title}.onnx needs onnx: pip install 'tetrad-jax[export]'"
+        f"{title}.onnx needs onnx: pip install -e '.[export]'"
       ) from error
 
     def called(value: Value) -> str:

@@ -121,12 +121,12 @@ def _bundled_place(file: str) -> Place:
   if spec is None or not spec.submodule_search_locations:
     raise UserError(
       f"the photograph {name} comes with {title}, which is not installed: "
-      "pip install 'tetrad-jax[photographs]'"
+      "pip install -e '.[photographs]'"
     )
   path = os.path.join(spec.submodule_search_locations[0], folder, name)
   if not os.path.isfile(path):
     raise UserError(
       f"{path} is missing: this version of {title} came without it: "
-      "pip install 'tetrad-jax[photographs]'"
+      "pip install -e '.[photographs]'"
     )
   return whole_file(path)

@@ -9,6 +9,7 @@ import jax
 
 from common import config as config_lib
 from common.parallel import from_host, make_mesh, on_device, shardings
+from common.places import check_holds_no_comparison
 from slimsam import weights
 from slimsam.data import rows_sharding, train_loader
 from slimsam.encoder import DTYPES
@@ -21,6 +22,7 @@ PyTree = Any
 # (the image encoder's parameters, the model's sizes) -> scalars
 Measure = Callable[[PyTree, SamSettings], dict[str, float]]
 
+BEGUN = ("*/checkpoints/*", "*/keep.json", "targets/*")  # what a run leaves
 MODEL = "model"  # a finished training's, in its folder
 # Keys that may change when a run is resumed: batches and numbers stay the same,
 # but for the order of sums on another mesh.
@@ -100,8 +102,8 @@ class Run:
       Remembered(make_source(config.data.source, split), config.data.memory)
       for split in ("train", "valid")
     )
-    begun = ("*/checkpoints/*", "*/keep.json", "targets/*")
-    if any(any(folder.glob(pattern)) for pattern in begun):
+    check_holds_no_comparison(folder)
+    if any(any(folder.glob(pattern)) for pattern in BEGUN):
       config_lib.check_resume(folder, config, free=FREE)
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:

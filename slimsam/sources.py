@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import check_keys, did_you_mean
+from common.config import check_keys, check_read, did_you_mean
 from common.errors import UserError
 
 SPLITS = ("train", "valid")
@@ -178,7 +178,8 @@ def make_source(config: Mapping[str, Any], split: str) -> Source:
       sa1b, coco and folder refuse images of more than [`max_pixels` 0: twice
         what Pillow takes for safe, 179 million], and links that lead out of
         their folder unless [`follow_links` False].
-      Keys of other kinds do not count. The keys `train` and `valid` may hold
+      Keys of other kinds do not count, but for those that say where data are
+      where nothing is read. The keys `train` and `valid` may hold
       what is different in that split, such as `{"start": 10000, "limit": 50}`;
       empty text and None stand for no difference. Crops and composites of two
       splits are never alike, bundled photographs are divided.
@@ -224,6 +225,8 @@ def _settings(content: Mapping[str, Any], split: str) -> dict[str, Any]:
   if name not in KINDS:
     raise UserError(f"{_KEY}.kind={name!r}{did_you_mean(str(name), KINDS)}")
   kind = KINDS[name]
+  if not kind.place:
+    check_read(settings, {own: KINDS[own].place for own in KINDS})
   for key in kind.place + (_DRAWN if "seed" in kind.options else ()):
     if settings.get(key) is None:
       raise UserError(f"{_KEY}.kind={name!r} needs {_KEY}.{key}")

@@ -55,6 +55,10 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   stages = check(config)
   check_local(workdir)
   run = Run(config, pathlib.Path(workdir))
+  log.info(
+    "data        %s: %s images to train on, %s to judge by",
+    config.data.source.kind, f"{len(run.train):,}", f"{len(run.valid):,}",
+  )  # fmt: skip
   model = original = original_model(run)
   for stage in stages:
     model = slimmed(run, stage, model, original)

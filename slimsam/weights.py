@@ -123,7 +123,7 @@ def save_pth(file: Any, params: PyTree, settings: SamSettings) -> None:
     import torch  # type: ignore
   except ImportError as error:
     raise UserError(
-      f"{file} needs torch: pip install 'tetrad-jax[parity]'"
+      f"{file} needs torch: pip install -e '.[parity]'"
     ) from error
   path = pathlib.Path(file)
   path.parent.mkdir(parents=True, exist_ok=True)

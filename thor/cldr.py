@@ -270,8 +270,7 @@ def _babel() -> Any:
     import babel.units
   except ImportError as error:
     raise UserError(
-      "data.source.kind='cldr' needs Babel: "
-      "pip install 'tetrad-jax[translation]'"
+      "data.source.kind='cldr' needs Babel: pip install -e '.[translation]'"
     ) from error
   return babel
 

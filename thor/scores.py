@@ -29,7 +29,7 @@ TOKENIZERS = {
   "zh": "zh", "yue": "zh", "ja": "char", "km": "char", "lo": "char",
   "my": "char", "th": "char",
 }  # fmt: skip
-_EXTRA = "pip install 'tetrad-jax[translation]'"
+_EXTRA = "pip install -e '.[translation]'"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,8 +226,14 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> TrainState:
     hooks = make_hooks(config, setup, corpus, plans, folder, progress)
     stack.enter_context(hooks.preemption)
     state = folder.resume(setup.create, setup.abstract, loader, hooks.host)
+    data = (
+      f"{config.data.source.kind}: {len(corpus.train):,} pairs to train on, "
+      f"{len(corpus.valid):,} held out"
+    )
     rows = max(shape.rows for shape in plans[0].buckets.shapes)
-    log.info("%s", startup_report(setup.mesh, state, global_batch=rows))
+    log.info(
+      "%s", startup_report(setup.mesh, state, global_batch=rows, data=data)
+    )
     progress.start(int(state.step))
     state = train(
       state,

@@ -164,7 +164,7 @@ def _sentencepiece() -> Any:
     import sentencepiece
   except ImportError as error:
     raise UserError(
-      "a vocabulary needs sentencepiece: pip install 'tetrad-jax[translation]'"
+      "a vocabulary needs sentencepiece: pip install -e '.[translation]'"
     ) from error
   return sentencepiece
 

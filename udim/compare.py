@@ -40,12 +40,14 @@ def compare(config: Any, workdir: str) -> str:
   from etils import epath
 
   from common import config as config_lib
+  from common.places import check_holds_no_run
   from udim import jobs as jobs_lib
   from udim.tables import write_comparison
   from udim.train import FREE
 
   jobs_lib.check_compare(config)
   folder = epath.Path(workdir)
+  check_holds_no_run(folder)
   labels = jobs_lib.split_labels(config.compare.algorithms)
   # A start that failed took nothing: only results make a folder's settings law.
   if any(folder.glob("runs/*/*/*/result.json")):

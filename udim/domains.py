@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from common.config import did_you_mean
+from common.config import check_read, did_you_mean
 from common.data.sources import record_source
 from common.errors import UserError
 
@@ -28,6 +28,12 @@ LOADERS = {
   "cifar10c": ("udim.cifar", "cifar10c"),
   "folder": ("udim.folders", "image_folders"),
   "tfds": ("udim.domains", "tfds_domains"),
+}
+# Keys that say where the data are, by kind.
+_PLACES = {
+  "cifar10c": ("path", "clean_path", "data_dir"),
+  "folder": ("path", "duplicates"),
+  "tfds": ("names", "data_dir"),
 }
 
 # Images that a fingerprint reads of an array: all of it may be gigabytes.
@@ -260,13 +266,14 @@ def load_domains(cfg: Any) -> DomainSet:
   `udim.augment.make_transform`.
 
   Raises:
-    UserError: for an unknown kind; for data that is missing or bad, with its
-      place.
+    UserError: for an unknown kind; for a place that the kind does not read; for
+      data that is missing or bad, with its place.
   """
   if cfg.kind not in LOADERS:
     raise UserError(
       f"data.source.kind={cfg.kind!r}: choose one of {', '.join(LOADERS)}"
     )
+  check_read(cfg, {kind: _PLACES.get(kind, ()) for kind in LOADERS})
   module, function = LOADERS[cfg.kind]
   return getattr(importlib.import_module(module), function)(cfg)
 

@@ -251,6 +251,16 @@ def make_loader(config: Any, setup: Setup) -> Any:
   )
 
 
+def _data_line(setup: Setup) -> str:
+  """What is trained on and what is asked, for the start."""
+  sizes = {domain.name: len(domain) for domain in setup.domain_set.domains}
+  sources = ", ".join(f"{name} {sizes[name]:,}" for name in setup.run.sources)
+  targets = ", ".join(setup.run.targets)
+  return (
+    f"{setup.domain_set.name}: images of sources {sources}; targets {targets}"
+  )
+
+
 def train_and_evaluate(
   config: Any,
   workdir: str,
@@ -315,7 +325,12 @@ def train_and_evaluate(
     stack.enter_context(hooks.preemption)
     state = folder.resume(setup.create, setup.abstract, loader, hooks.host)
     images = config.data.images_per_domain * len(setup.run.sources)
-    log.info("%s", startup_report(setup.mesh, state, global_batch=images))
+    log.info(
+      "%s",
+      startup_report(
+        setup.mesh, state, global_batch=images, data=_data_line(setup)
+      ),
+    )
     progress.start(int(state.step))
     state = train(
       state,

@@ -16,13 +16,23 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from common.config import check_read
 from common.data import python_docs
 from common.data.folders import FOLLOW_LINKS, Inside
 from common.data.tfds_files import check_tfds
 from common.errors import UserError
 from common.files import JSON_ERRORS
 
-KINDS = ("python_docs", "tfds", "array_record", "jsonl", "text")
+# What each kind of text reads of `data.source`.
+_READ_BY = {
+  "python_docs": (),
+  "tfds": ("name", "split", "text_key", "data_dir"),
+  "array_record": ("path", "text_key"),
+  "jsonl": ("path", "text_key"),
+  "text": ("path", "separator"),
+}
+_UNSET = {"split": "train", "text_key": "text"}  # others are empty
+KINDS = tuple(_READ_BY)
 # Records read at once: one by one they come ten times slower.
 _READ = 256
 
@@ -75,12 +85,14 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
       refused unless `follow_links` is there and true.
 
   Raises:
-    UserError: for an unknown kind, and for data that is missing.
+    UserError: for an unknown kind, for a setting that the kind does not read,
+      and for data that is missing.
   """
   if cfg.kind not in KINDS:
     raise UserError(
       f"data.source.kind={cfg.kind!r}: choose one of {', '.join(KINDS)}"
     )
+  check_read(cfg, _READ_BY, unset=_UNSET)
   if cfg.kind == "python_docs":
     return python_docs.PythonDocs()
   if cfg.kind == "tfds":
@@ -100,6 +112,13 @@ def text_source(cfg: Any) -> TextSource | python_docs.PythonDocs:
     fingerprint=_fingerprint(files, cfg.kind, detail),
     read=lambda: (document for file in files for document in read(file)),
   )
+
+
+def source_name(cfg: Any) -> str:
+  """What a source of text is called, such as `text books/*.txt`."""
+  place = {"python_docs": "", "tfds": cfg.get("name", "")}
+  named = place.get(cfg.kind, cfg.get("path", ""))
+  return f"{cfg.kind} {named}".strip()
 
 
 def record_source(cfg: Any) -> Sequence[Any]:
@@ -150,6 +169,11 @@ def find_files(
     is_file = os.path.isfile(full)
     found = [full] if is_file else sorted(glob.glob(full))
     found = [file for file in found if os.path.isfile(file)]
+    if not found and os.path.isdir(full):
+      raise UserError(
+        f"{key}={pattern!r} is a folder: name its files, as in "
+        f"{os.path.join(pattern, '*')!r}"
+      )
     if not found:
       raise UserError(
         f"{key}={pattern!r}: no such file (looked from {os.getcwd()})"
@@ -210,7 +234,7 @@ def decode(data: bytes, place: str) -> str:
     return data.decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f"{place}: byte {error.start} is not UTF-8: convert the file"
+      f"{place}: byte {error.start + 1} is not UTF-8: convert the file"
     ) from error
 
 
@@ -220,7 +244,7 @@ def encodable(text: str, place: str) -> str:
     text.encode()
   except UnicodeEncodeError as error:
     raise UserError(
-      f"{place}: character {error.start} is a lone surrogate: remove it"
+      f"{place}: character {error.start + 1} is a lone surrogate: remove it"
     ) from error
   return text
 
@@ -313,7 +337,7 @@ def _prepare_command(name: str, data_dir: str) -> str:
     'python -c "import tensorflow_datasets as tfds; '
     f"tfds.builder({name!r}{where}, file_format='array_record')"
     '.download_and_prepare()" (some data sets need '
-    "pip install 'tetrad-jax[prepare]')"
+    "pip install -e '.[prepare]')"
   )
 
 

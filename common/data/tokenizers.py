@@ -13,7 +13,7 @@ from common.errors import UserError
 # times the tokens, and so many in any case.
 _SPARSEST, _ALWAYS = 4, 2**16
 
-_EXTRA = "pip install 'tetrad-jax[tokenizers]'"
+_EXTRA = "pip install -e '.[tokenizers]'"
 
 
 class Tokenizer(Protocol):

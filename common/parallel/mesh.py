@@ -83,7 +83,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, jax.P())
 
 
-def startup_report(mesh: Mesh, state: Any, *, global_batch: int) -> str:
+def startup_report(
+  mesh: Mesh, state: Any, *, global_batch: int, data: str = ""
+) -> str:
   """Says what is about to run, in a few lines.
 
   Args:
@@ -91,6 +93,7 @@ def startup_report(mesh: Mesh, state: Any, *, global_batch: int) -> str:
     state: a tree of arrays (or abstract ones with shardings) that may have
       `params`, such as a `TrainState`.
     global_batch: rows of a batch over all processes.
+    data: what is trained on, in a line; "" leaves it out.
   """
   device = mesh.devices.flat[0]
   params = getattr(state, "params", state)
@@ -99,6 +102,7 @@ def startup_report(mesh: Mesh, state: Any, *, global_batch: int) -> str:
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   return "\n".join(
     [
+      *([f"data        {data}"] if data else []),
       f"processes   {jax.process_count()}",
       f"devices     {jax.device_count()} ({device.device_kind})",
       f"mesh        {shape}",

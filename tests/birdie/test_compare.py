@@ -68,6 +68,14 @@ def test_a_fine_tuning_is_the_task_alone(config):
     ({"lookups": (1, 13)}, "lookups=13"),
     ({"finetune": {"task": {"name": "associative_recal"}}}, "recall"),
     ({"finetune": {"task": {"key_alphabet": 3}}}, "pairs=12"),
+    (
+      {"finetune": {"task": {"name": "phone_book"}}},
+      "'phone_book' has no 'key_alphabet': another task is set as a whole",
+    ),
+    (
+      {"finetune": {"num_steps": 4}},
+      "^compare.finetune: optim.warmup_steps=50 must be between",
+    ),
   ],
   ids=str,
 )

@@ -367,6 +367,18 @@ def test_the_report_tells_samples_from_tokens():
   assert percent("copying", "hidden") == 0
   assert abs(percent("infilling", "hidden") - 15) < 4
   assert "fill " in lines[4]
+
+
+def test_a_report_shows_no_share_of_nothing():
+  never = np.array([1, 0, 0], np.float32)
+  lines = data_report(make_maker(), never, VOCAB, batches=1).splitlines()
+  hidden = [line.split()[-2] for line in lines[1:4]]
+  assert hidden[1:] == ["–", "–"]
+  assert hidden[0] != "–"
+
+
+def test_a_report_says_how_fast():
+  lines = data_report(make_maker(), PROBS, VOCAB, batches=1).splitlines()
   assert "tokens/s" in lines[4]
 
 

@@ -194,7 +194,9 @@ def test_a_perfect_answer_and_none():
     row = evaluation.summary(records, task.metrics)
     assert row["problems"] == 20
     digits = row["metrics"]["digit_accuracy"]
-    assert (digits["mean"], digits["half_width"]) == (share, 0)
+    assert digits["mean"] == share
+    # Wilson's: 1 / (1 + n / z^2) is what twenty of twenty leave open.
+    assert digits["high"] - digits["low"] == pytest.approx(0.1611, abs=1e-4)
     assert digits["guess"] == pytest.approx(0.1)
     assert 0 < digits["majority"] < 0.3
     assert 0.1 < digits["context"] < 0.25
@@ -225,13 +227,11 @@ def test_rows_by_lookups_and_by_length_share_out_the_problems():
   assert labels == ["2-3", "4-7", "8-15"]
   scores = [r.scores["exact_answer"] for r in records]
   row = evaluation.summary(records, task.metrics)["metrics"]["exact_answer"]
-  factor = stats.t.ppf(0.975, 59)
-  assert row["half_width"] == pytest.approx(
-    factor * np.std(scores, ddof=1) / np.sqrt(60)
-  )
+  wilson = stats.binomtest(int(sum(scores)), 60).proportion_ci(method="wilson")
+  assert (row["low"], row["high"]) == pytest.approx(tuple(wilson))
 
 
-def test_one_problem_has_no_interval_and_free_text_no_guess(tmp_path):
+def test_one_problem_has_a_wide_interval_and_free_text_no_guess(tmp_path):
   path = tmp_path / "squad.json"
   question = {"question": "Who?", "answers": [{"text": "dog"}]}
   path.write_text(
@@ -245,8 +245,8 @@ def test_one_problem_has_no_interval_and_free_text_no_guess(tmp_path):
   )
   row = evaluation.summary(records, task.metrics)["metrics"]["f1"]
   assert row == {
-    "mean": 1.0, "half_width": None, "guess": None, "majority": None,
-    "context": 1.0,
+    "mean": 1.0, "low": pytest.approx(0.2065, abs=1e-4), "high": 1.0,
+    "guess": None, "majority": None, "context": 1.0,
   }  # fmt: skip
 
 
@@ -257,7 +257,10 @@ SMALL = ("--tasks=induction", "--set=induction.length=4,70", "--problems=3")
 
 def test_a_page_shows_each_metric_beside_its_baselines(command):
   status, out, err = command(*SMALL)
-  assert (status, err) == (0, "")
+  assert status == 0
+  assert [line[:31] for line in err.splitlines()] == [
+    "[1/2] induction length=4: token", "[2/2] induction length=70: toke",
+  ]  # fmt: skip
   lines = out.splitlines()
   assert "step 7" in lines[0]
   head = next(line for line in lines if line.startswith("induction: token_acc"))
@@ -292,6 +295,24 @@ def test_json_and_a_plot(command, tmp_path):
   )
 
 
+def test_a_plot_shows_the_prompts_share_too(monkeypatch, tmp_path):
+  from common import plots
+
+  styles = []
+
+  def keep(figure):
+    lines = [line for axes in figure.axes for line in axes.lines]
+    styles.extend(line.get_linestyle() for line in lines)
+    return b""
+
+  monkeypatch.setattr(plots, "png", keep)
+  one = {"mean": 0.5, "low": 0.4, "high": 0.6, "guess": 0.1, "context": 0.2}
+  row = {"lookups": 2.0, "length": 40.0, "metrics": {"share": one}}
+  task = {"metrics": ["share"], "by_lookups": [row], "by_length": [row]}
+  evaluate._plot(str(tmp_path / "a.png"), {"a": task})
+  assert (styles.count("--"), styles.count(":")) == (2, 2)
+
+
 def test_settings_take_the_place_of_the_grid():
   grids = evaluate.make_grids(
     ["phone_book", "induction", "squad"],
@@ -321,6 +342,7 @@ def test_selective_copying_asks_of_held_out_text(run, corpus):
   ("arguments", "message"),
   [
     (["--tasks=phone_bok"], "--tasks=phone_bok; did you mean 'phone_book'?"),
+    (["--tasks="], "--tasks='' names no task"),
     (["--problems=0"], "--problems=0 must be at least 1"),
     (["--batch_size=0"], "--batch_size=0 must be at least 1"),
     (["--set=phone_book.entires=3"], "--set phone_book.entires=3: unknown key"),

@@ -125,6 +125,19 @@ def test_the_manifest_says_how_they_are_called(exported):
   assert step["outputs"] == ["float32[b,512]", *prefill["outputs"]]
 
 
+def test_the_pages_code_runs(exported, tmp_path, monkeypatch, capsys):
+  """As printed, in a folder that holds the programs."""
+  run, folder, _ = exported
+  if run.config.model.name == "transformer":
+    pytest.skip("its cache was exported for fewer tokens")
+  page = (ROOT / "birdie" / "README.md").read_text()
+  code = page[page.index("from birdie import load_exported") :]
+  (tmp_path / "exported").symlink_to(folder)
+  monkeypatch.chdir(tmp_path)
+  exec(code[: code.index("```")], {"__name__": "page"})
+  assert capsys.readouterr().out
+
+
 # -- mistakes ------------------------------------------------------------------
 
 

@@ -241,6 +241,23 @@ def test_a_files_prompts_are_answered_in_order(
   ]
 
 
+def test_answers_overwrite_no_file(command, tmp_path):
+  for name in ("prompts.txt", "out.jsonl"):
+    (tmp_path / name).write_text("a\n")
+  out = tmp_path / "out.jsonl"
+  status, _, err = command(f"--file={tmp_path}/prompts.txt", f"--out={out}")
+  assert (status, err) == (
+    2, f"error: --out={out} is there already: name a new one\n",
+  )  # fmt: skip
+  assert out.read_text() == "a\n"
+
+
+def test_every_flag_with_a_default_says_so():
+  for action in generate.make_parser()._actions:
+    if action.default not in (None, "", [], False, "==SUPPRESS=="):
+      assert f"({action.default})" in action.help, action.dest
+
+
 @pytest.mark.parametrize(
   ("content", "message"),
   [

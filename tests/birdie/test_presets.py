@@ -290,7 +290,9 @@ def test_a_paradigm_may_be_text():
   ("wrong", "message"),
   [
     (entry("infiling"), "objective 'infiling' is unknown; did you mean 'infi"),
-    ({"name": "a"}, "objective None is unknown"),
+    ({"objectiv": "copying"}, "no key 'objective'; its keys: 'objectiv'"),
+    ({}, "no key 'objective'; its keys: none"),
+    (entry("squad"), "'squad' is for evaluation only"),
     (entry("infilling", corruption_rat=0.5), "did you mean 'corruption_rate'"),
     (entry("prefix_language_modeling", prefix_fraction=0.1),
      "unknown key 'prefix_fraction'; did you mean 'prefix_frac'"),
@@ -345,3 +347,20 @@ def test_a_mixture_of_ones_own():
 def test_mixtures_that_are_refused(entries, message):
   with pytest.raises(UserError, match=message):
     make_mixture(entries, VOCAB, sequence_length=128)
+
+
+@pytest.mark.parametrize(
+  ("entries", "message"),
+  [
+    ("copying", "mixture.entries='copying' is one entry"),
+    (entry("copying"), "is one entry and no tuple of them: write"),
+    (("copying",), "mixture.entries: 'copying' is no entry"),
+    ((entry("copying"), 3), "mixture.entries: 3 is no entry"),
+    ((entry("phone_book_compact", entries=64),),
+     "lower its entries or lookups or raise data.sequence_length"),
+    ((entry("copying", min_length=500),), "lower its min_length or raise"),
+  ],
+)  # fmt: skip
+def test_entries_that_make_no_mixture(entries, message, one_line):
+  said = one_line(make_mixture, entries, VOCAB, sequence_length=64)
+  assert message in said

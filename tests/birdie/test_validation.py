@@ -11,6 +11,7 @@ from birdie import controller
 from birdie import data as data_lib
 from birdie import train as train_lib
 from birdie.curriculum import Curriculum, CurriculumHook, agree
+from birdie.train import last_scores
 from birdie.validation import Evaluator, Scores, eval_batches
 from common.config import flatten
 from common.data.text import TokenStore
@@ -231,7 +232,7 @@ def test_processes_that_part_are_found_out(monkeypatch):
   monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", np.asarray)
   for _ in range(2):
     np.testing.assert_array_equal(agree(probs, {"a": probs}, 5), probs)
-  with pytest.raises(RuntimeError, match="step 5 differ between processes"):
+  with pytest.raises(RuntimeError, match="controllers after step 5"):
     agree(probs, {"a": probs[::-1]}, 5)
 
 
@@ -309,3 +310,16 @@ def test_documents_end_in_what_generation_stops_at(setup):
   assert any(
     ((b["targets"] == eos) & (b["loss_weights"] > 0)).any() for b in batches
   )
+
+
+def test_the_last_scores_are_a_line_each():
+  lines = [
+    {"step": 4, "eval/loss": 2.0, "retrieval/chance": 0.1, "train/loss": 9.0},
+    {"step": 6, "retrieval/chance": 0.1, "retrieval/digit_accuracy": 0.25},
+    {"step": 8, "eval/loss": 1.5},
+  ]
+  assert last_scores(lines) == [
+    "validation  loss 1.5 at step 8",
+    "retrieval   chance 0.1, digit_accuracy 0.25 at step 6",
+  ]
+  assert last_scores([{"step": 2, "train/loss": 1.0}]) == []

@@ -54,8 +54,8 @@ def write_run(folder, config):
     checkpointer.save(step, with_step, None)
     checkpointer.close()
   writer = MetricWriter(folder)
-  writer.write(3, {"eval/loss": 2.5, "train/loss": 9.0})
-  writer.write(7, {"eval/loss": 1.25, "mixture/a.b": 0.75})
+  writer.write(3, {"eval/loss": 2.5, "train/loss": 9.0, "mixture/a.b": 0.75})
+  writer.write(7, {"eval/loss": 1.25, "mixture/a.b": 0.5})  # of no step
   writer.write(8, {"eval/loss": 0.0})
   files.write_json(folder / "facts.json", {"text_hash": "1f", "command": "x"})
   return folder

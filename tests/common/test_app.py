@@ -300,6 +300,9 @@ def test_expected_ends(run, folder, error, status, message):
 
   result = run("--config=configs/toy.py", main=main)
   assert (result.status, result.out, result.err) == (status, "", message)
+  if status == 2:  # refused: the folder is nobody's
+    assert os.listdir(folder / "runs") == []
+    return
   log = (folder / "runs/toy/run.log").read_text()
   assert f"the run ends: {type(error).__name__}" in log
 

@@ -184,6 +184,14 @@ def test_the_rest_of_the_state_is_read_as_plain_dicts(tmp_path, mesh):
   assert state["extra"]["a"]["b"] == 3
 
 
+@pytest.mark.parametrize("folder", ["seed0", "seed0/finetune"])
+def test_what_a_comparison_has_removed_is_said(tmp_path, folder, one_line):
+  (tmp_path / folder).mkdir(parents=True)
+  (tmp_path / "seed0" / "result.json").write_text("{}")
+  said = one_line(checkpoint_steps, tmp_path / folder / "checkpoints")
+  assert "compare.keep_checkpoints=true" in said
+
+
 @pytest.mark.parametrize(
   ("step", "message"),
   [(None, "no checkpoints in .*train first"), (4, "no checkpoint 4 .*")],

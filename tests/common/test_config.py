@@ -270,6 +270,22 @@ def test_loading_from_a_folder_without_a_run(tmp_path):
     config_lib.load_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("run/model.safetensors", r"give its folder, '.*run'"),
+    ("notes.txt", "is a file: give a run's folder"),
+  ],
+)
+def test_a_file_is_no_folder_of_a_run(tmp_path, name, message):
+  run = tmp_path / "run"
+  run.mkdir()
+  config_lib.save_config(run, make_config())
+  (tmp_path / name).write_text("")
+  with pytest.raises(UserError, match=message):
+    config_lib.load_config(tmp_path / name)
+
+
 def test_saving_never_shows_half_a_file(tmp_path, monkeypatch):
   config_lib.save_config(tmp_path, make_config())
 
@@ -297,3 +313,16 @@ def test_a_config_file_imports_nothing_heavy():
     [sys.executable, "-c", code], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == "set()"
+
+
+def test_pages_show_many_settings_of_systems_as_one():
+  systems = {f"s{i}": (f"seed={i}",) for i in range(6)}
+  config = ConfigDict(
+    {"seed": 0, "compare": {"settings": systems, "seeds": 3}, "free": {},
+     "betas": (0.9, 0.95), "few": {"a": ("x",)}}
+  )  # fmt: skip
+  assert config_lib.folded(config, place="x.py") == {
+    "seed": "0", "compare.settings": "6 entries, see x.py",
+    "compare.seeds": "3", "free": repr(ConfigDict({})),
+    "betas": "(0.9, 0.95)", "few.a": "('x',)",
+  }  # fmt: skip

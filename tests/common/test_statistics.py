@@ -14,6 +14,7 @@ from common.statistics import (
   holm,
   interval,
   paired,
+  shares,
   verdicts,
 )
 
@@ -218,3 +219,23 @@ def test_verdicts_are_those_of_the_family():
   many = verdicts([paired([1.0, 1.5, 1.25], [0] * 3)] * 9)
   assert verdicts([paired([1.0, 1.5, 1.25], [0] * 3)])[0][1] == "holds"
   assert {word for _, word in many} == {"not shown"}
+
+
+@pytest.mark.parametrize(
+  ("right", "count"), [(0, 4), (1, 4), (4, 4), (0, 1), (12, 60)]
+)
+def test_shares_of_right_answers_have_wilsons_interval(right, count):
+  found = shares([1.0] * right + [0.0] * (count - right))
+  wilson = stats.binomtest(right, count).proportion_ci(method="wilson")
+  assert found.mean == right / count
+  assert (found.low, found.high) == pytest.approx(tuple(wilson))
+  assert found.low < found.high
+
+
+def test_means_of_shares_stay_within_their_range():
+  values = [0.9, 1.0, 0.95, 0.4]
+  found, free = shares(values), interval(values)
+  assert found.low == pytest.approx(free.mean - free.half_width)
+  assert free.mean + free.half_width > 1 == found.high
+  # Equal ones say nothing of their spread.
+  assert shares([0.5] * 4).low == shares([0.0, 1.0, 0.0, 1.0]).low

@@ -18,7 +18,7 @@ from common.progress import ProgressBar
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import StepChoice, make_train_step
-from common.train import is_due, train
+from common.train import StepInfo, is_due, train
 
 
 class Counter:
@@ -196,11 +196,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
   save = hooks_lib.CheckpointHook(1, checkpointer, host={}, guard=guard)
   data = Counter(bad_at=4)
   with pytest.raises(
-    hooks_lib.NonFiniteError, match=r"step 4: .*loss is nan.*batch [0-9a-f]{16}"
+    hooks_lib.NonFiniteError,
+    match=r"step 4: .*loss is nan.*batch [0-9a-f]{16}.* a lower optim\.lr",
   ):
     train(state, step, data, num_steps=9, hooks=[guard, save])
   checkpointer.wait()
   assert checkpointer.steps == [1, 2, 3]
+
+
+def test_a_stop_names_what_is_watched():
+  guard = hooks_lib.StopOnNonFinite(lag=0)
+  nan, one = (Mean(jnp.float32(x), jnp.float32(1)) for x in ("nan", 1))
+  metrics = {"loss_of/a": nan, "param_norm": one, "grad_norm": nan, "loss": nan}
+  with pytest.raises(hooks_lib.NonFiniteError) as caught:
+    guard(StepInfo(step=4, state=None, metrics=metrics, data=None, last=True))
+  assert str(caught.value).startswith("step 4: loss is nan, grad_norm is nan;")
 
 
 def test_the_fingerprint_depends_on_content_alone():

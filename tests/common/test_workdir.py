@@ -153,3 +153,32 @@ def test_a_bucket_that_is_missing_or_not_ours_is_refused(bucket, monkeypatch):
   monkeypatch.setattr(fsspec.AbstractFileSystem, "open", forbidden)
   with pytest.raises(UserError, match="this machine may not write there"):
     open_run("gs://bucket/run")
+
+
+def test_an_interrupt_says_what_is_saved(tmp_path):
+  def interrupted(*steps):
+    with open_run(tmp_path) as folder:
+      for step in steps:
+        save(folder, step)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt, match="before the first checkpoint"):
+    interrupted()
+  with pytest.raises(KeyboardInterrupt) as caught:
+    interrupted(4, 8)
+  assert str(caught.value) == (
+    "interrupted: step 8 is saved, and the same command goes on"
+  )
+
+
+def test_a_finished_run_says_so(tmp_path, caplog):
+  caplog.set_level("INFO")
+  for _ in range(2):
+    config = ConfigDict({"num_steps": 8})
+    with Workdir(tmp_path, config) as folder:
+      resume(folder)
+      if not folder.checkpointer.steps:
+        save(folder, 8)
+  page = tmp_path / "report.md"
+  assert f"{tmp_path} has finished; its report is {page}" in caplog.messages
+  assert not any("resumed" in message for message in caplog.messages)

@@ -120,6 +120,4 @@ def test_a_missing_package_is_one_line(
   """That comes before the model is read: there is none."""
   monkeypatch.setitem(sys.modules, package, None)
   monkeypatch.setattr("sys.argv", ["export", "model", "out", *flags])
-  assert one_line(export.main) == (
-    f"{message}: pip install 'tetrad-jax[export]'"
-  )
+  assert one_line(export.main) == (f"{message}: pip install -e '.[export]'")

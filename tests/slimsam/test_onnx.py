@@ -254,5 +254,5 @@ def test_without_onnx_one_line_names_the_extra(
   graph = decoder_graph(draw(tiny), tiny)
   monkeypatch.setitem(sys.modules, "onnx", None)
   assert one_line(graph.write, tmp_path / "decoder.onnx") == (
-    "decoder.onnx needs onnx: pip install 'tetrad-jax[export]'"
+    "decoder.onnx needs onnx: pip install -e '.[export]'"
   )

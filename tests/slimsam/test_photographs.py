@@ -79,7 +79,7 @@ def test_a_missing_package_names_the_extra(
     message = one_line(bundled, split)
     assert title in message
     assert words in message
-    assert "pip install 'tetrad-jax[photographs]'" in message
+    assert "pip install -e '.[photographs]'" in message
 
 
 def test_an_unknown_split_is_refused(one_line):

@@ -237,3 +237,12 @@ def test_a_file_that_shrank_is_named(one_line, tmp_path):
   (tmp_path / "a").unlink()
   assert one_line(place.read).startswith(f"{tmp_path / 'a'}: cannot be read")
   assert "cannot be read" in one_line(listing.whole_file, place.file)
+
+
+def test_a_path_whose_kind_was_forgotten_is_refused(one_line):
+  config = {"kind": "composite", "path": "SA1B", "data_dir": "",
+            "length": 2, "size": 32, "seed": 0}  # fmt: skip
+  assert (
+    "data.source.path='SA1B' means nothing to data.source.kind='composite': "
+    "set data.source.kind to sa1b or folder"
+  ) in one_line(make_source, config, "train")

@@ -239,7 +239,7 @@ def test_without_sacrebleu_one_line_says_what_to_install(monkeypatch, call):
   with pytest.raises(UserError) as caught:
     call(["a"], ["a"])
   assert str(caught.value) == (
-    "BLEU and chrF need sacrebleu: pip install 'tetrad-jax[translation]'"
+    "BLEU and chrF need sacrebleu: pip install -e '.[translation]'"
   )
 
 

@@ -327,7 +327,7 @@ def test_a_large_text_is_sampled(tmp_path):
 def test_the_library_is_optional(text, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "sentencepiece", None)
   message = refused(vocabulary_for, {"size": SIZE}, text, tmp_path)
-  assert "pip install 'tetrad-jax[translation]'" in message
+  assert "pip install -e '.[translation]'" in message
 
 
 def run(*arguments):

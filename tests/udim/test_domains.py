@@ -236,3 +236,12 @@ def test_tfds_domains_need_a_sequence_of_names(names):
 def test_an_empty_tfds_name_is_refused():
   with pytest.raises(UserError, match=r"needs data.source.name"):
     tfds_records("", "train")
+
+
+@pytest.mark.parametrize("kind", ["digits_c", "tfds"])
+def test_a_path_whose_kind_was_forgotten_is_refused(kind, one_line):
+  cfg = ConfigDict({"kind": kind, "path": "PACS", "names": ()})
+  assert (
+    f"data.source.path='PACS' means nothing to data.source.kind='{kind}': set "
+    "data.source.kind to cifar10c or folder"
+  ) in one_line(load_domains, cfg)

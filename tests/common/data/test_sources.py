@@ -7,7 +7,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ml_collections import ConfigDict
 
 from common.data import python_docs
-from common.data.sources import record_source, text_source
+from common.data.sources import record_source, source_name, text_source
 from common.errors import UserError
 
 TEXTS = ["first\nlines", "second é", "third"]
@@ -86,14 +86,14 @@ def test_the_fingerprint_follows_files_and_settings(tmp_path):
 
 
 BAD = [
-  ("text", b"a\xff", {}, r"bad: byte 1 is not UTF-8"),
+  ("text", b"a\xff", {}, r"bad: byte 2 is not UTF-8"),
   ("text", b"", {}, "holds no text"),
   ("text", b" \n ", {}, "holds no text"),
   ("jsonl", b'{"text": "a"}\n{"x": 1}', {}, "bad:2: no key 'text'.* keys: x"),
   ("jsonl", b'{"text": "a"}\n{"text"', {}, "bad:2: not JSON"),
   ("jsonl", b"[1]", {}, "bad:1: not a JSON object"),
   ("jsonl", b'{"text": 3}', {}, "bad:1: 'text' is no text but int"),
-  ("jsonl", b'{"text": "\xff"}', {}, "bad:1: byte 10 is not UTF-8"),
+  ("jsonl", b'{"text": "\xff"}', {}, "bad:1: byte 11 is not UTF-8"),
   ("jsonl", b'{"text": "\\ud800"}', {}, "bad:1: .*lone surrogate"),
   ("jsonl", b"", {}, "holds no text"),
   ("jsonl", b"{}", {"text_key": ""}, "needs data.source.text_key"),
@@ -113,7 +113,7 @@ def test_bad_files_are_one_line_with_the_place(
 
 def test_a_bad_record_is_named(tmp_path):
   path = write_records(tmp_path / "r.array_record", [b"a", b"\xff"])
-  with pytest.raises(UserError, match=r"r.array_record: record 1: byte 0"):
+  with pytest.raises(UserError, match=r"r.array_record: record 1: byte 1"):
     texts(kind="array_record", path=path, text_key="")
 
 
@@ -122,6 +122,7 @@ def test_a_bad_record_is_named(tmp_path):
   [
     ({"kind": "csv"}, "'csv': choose one of python_docs, tfds"),
     ({"path": "no/such*"}, r"'no/such\*': no such file \(looked from /"),
+    ({"path": "/"}, r"data.source.path='/' is a folder: .* as in '/\*'"),
     ({"path": ""}, "data.source.path is empty"),
     ({"kind": "tfds"}, "needs data.source.name"),
     ({"kind": "tfds", "name": "nope_at_all"}, "Dataset nope_at_all not found"),
@@ -132,8 +133,9 @@ def test_a_bad_record_is_named(tmp_path):
   ],
 )
 def test_missing_data_is_one_line(tmp_path, kwargs, message):
+  folder = str(tmp_path) if kwargs.get("kind") == "tfds" else ""
   with pytest.raises(UserError, match=message) as caught:
-    text_source(config(data_dir=str(tmp_path), **kwargs))
+    text_source(config(data_dir=folder, **kwargs))
   assert "\n" not in str(caught.value)
   if kwargs.get("name") == "squad":
     assert "tfds.builder('squad', data_dir=" in str(caught.value)
@@ -175,7 +177,7 @@ ROUND_TRIP = """
 import sys
 from ml_collections import ConfigDict
 from common.data import python_docs
-from common.data.sources import record_source, text_source
+from common.data.sources import record_source, source_name, text_source
 documents = list(python_docs.documents())
 python_docs.documents = lambda: iter(documents)  # parsing takes seconds
 cfg = ConfigDict({"kind": "tfds", "name": "python_docs", "split": "train",
@@ -234,3 +236,32 @@ def test_escapes_that_mean_nothing_are_refused(tmp_path, separator):
   path.write_text("a")
   with pytest.raises(UserError, match="means nothing"):
     text_source(config(kind="text", path=str(path), separator=separator))
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    (
+      {"kind": "python_docs", "path": "a.txt"},
+      "data.source.path='a.txt' means nothing to data.source.kind="
+      "'python_docs': set data.source.kind to array_record or jsonl or text",
+    ),
+    ({"kind": "python_docs", "name": "x"}, "data.source.name='x'"),
+    ({"kind": "text", "path": "a", "text_key": "b"}, "source.text_key='b'"),
+    ({"kind": "jsonl", "path": "a", "separator": "b"}, "separator='b'"),
+    ({"kind": "jsonl", "path": "a", "split": "test"}, "kind to tfds,"),
+    ({"kind": "text", "path": "a", "data_dir": "d"}, "data.source.data_dir="),
+  ],
+)  # fmt: skip
+def test_a_setting_that_a_kind_does_not_read_is_refused(
+  settings, message, one_line
+):
+  assert message in one_line(text_source, config(**settings))
+
+
+def test_sources_have_names():
+  named = [{"kind": "python_docs"}, {"path": "a/*.txt"},
+           {"kind": "tfds", "name": "x"}]  # fmt: skip
+  assert [source_name(config(**one)) for one in named] == [
+    "python_docs", "text a/*.txt", "tfds x",
+  ]  # fmt: skip

@@ -109,7 +109,11 @@ def test_bytes_on_one_device():
 
 def test_startup_report_says_what_is_about_to_run():
   mesh = make_mesh({"data": 4, "fsdp": 2})
-  lines = startup_report(mesh, make_state(mesh), global_batch=32).splitlines()
+  state = make_state(mesh)
+  assert startup_report(mesh, state, global_batch=32, data="text a").startswith(
+    "data        text a\nprocesses"
+  )
+  lines = startup_report(mesh, state, global_batch=32).splitlines()
   said = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}
   assert said["processes"] == "1"
   assert said["devices"].startswith("8 (")
