@@ -74,7 +74,6 @@ def test_the_big_models():
 @pytest.mark.parametrize(
   ("name", "mesh", "vocab_size"),
   [
-    ("iwslt14", {"data": 8}, 10_000),
     ("iwslt14", {"data": 2, "fsdp": 4}, 10_000),
     ("wmt16_en_de_big", {"data": 2, "fsdp": 2, "model": 2}, 32_768),
     ("multilingual_big", {"fsdp": 8}, 32_768),
