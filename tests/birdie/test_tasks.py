@@ -285,7 +285,7 @@ def test_text_in_a_task_is_what_the_tokenizer_makes_of_it():
     (entry("phone_book", entries=0), "'phone_book': phone_book: entries=0 mus"),
     (entry("induction", corruption_rate=0.1), "unknown key 'corruption_rate'"),
     (entry("induction", paradigm=900), "ids below 512"),
-    (entry("squad", path="x"), "objective 'squad' is unknown"),
+    (entry("squad", path="x"), "objective 'squad' is for evaluation only"),
     (entry("phone_book", entries=100), r"needs \d+ places, a row has 512"),
   ],
 )  # fmt: skip

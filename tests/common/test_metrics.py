@@ -162,7 +162,7 @@ def test_missing_metrics_are_one_line(tmp_path):
 
 def test_tensorboard_missing_names_the_extra(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "tensorboardX", None)
-  with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[tensorboard\]'"):
     MetricWriter(tmp_path, tensorboard=True)
 
 

@@ -31,6 +31,7 @@ def check_command(argv):
       description="",
       example="",
       argv=[*flags, "--print_config"],
+      programs=lambda config: [],
     )
   assert end.value.code == 0, shlex.join(argv)
 

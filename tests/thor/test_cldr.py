@@ -162,9 +162,7 @@ def test_relative_times_keep_their_number(unit):
 
 def test_babel_is_optional(monkeypatch):
   monkeypatch.setitem(sys.modules, "babel", None)
-  with pytest.raises(
-    UserError, match=r"pip install 'tetrad-jax\[translation\]'"
-  ):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[translation\]'"):
     composed_text(SMALL)
 
 

@@ -301,10 +301,10 @@ def test_bytes_that_are_no_text_are_named(command, tmp_path):
   file.write_bytes(b"a\n\xff\n")
   status, _, err = command("--language=de", f"--input={file}")
   assert status == 2
-  assert f"error: {file}:2: byte 0" in err
+  assert f"error: {file}:2: byte 1" in err
   status, _, err = command("--language=de", stdin=b"a\n\xff\n")
   assert status == 2
-  assert "error: standard input:2: byte 0" in err
+  assert "error: standard input:2: byte 1" in err
 
 
 def test_an_input_that_breaks_is_named():

@@ -132,7 +132,5 @@ def test_a_missing_library_names_the_extra(kind, library, files, monkeypatch):
     return real(name, *args, **kwargs)
 
   monkeypatch.setattr(builtins, "__import__", without)
-  with pytest.raises(
-    UserError, match=r"pip install 'tetrad-jax\[tokenizers\]'"
-  ):
+  with pytest.raises(UserError, match=r"pip install -e '\.\[tokenizers\]'"):
     make(kind, files[kind])
