@@ -150,11 +150,8 @@ def _straight(
 
 def _finish(subject: Subject, folder: pathlib.Path) -> None:
   """Runs the command to its end."""
-  running = Running(subject, folder)
-  try:
+  with Running(subject, folder) as running:
     statuses = running.wait()
-  finally:
-    running.end()
   if set(statuses) != {0}:
     raise Wrong(f"the run ends with {statuses}: {running.last_line()}")
 

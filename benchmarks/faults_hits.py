@@ -1,5 +1,6 @@
 """How a run can be hit; see `faults.py`."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds in which processes have to end by themselves
@@ -97,7 +98,10 @@ class Running:
       process.wait(max(until - time.monotonic(), 0.01))
     return [process.returncode for process in self.processes]
 
-  def end(self) -> None:
+  def __enter__(self) -> "Running":
+    return self
+
+  def __exit__(self, *_: object) -> None:
     """Leaves nothing behind."""
     for process in self.processes:
       process.kill()
@@ -159,8 +163,7 @@ class Trial:
 
   def kill(self) -> str:
     """SIGKILL to one process; the others have to end by themselves."""
-    running = self.begin()
-    try:
+    with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
       running.one(self.rng).kill()
@@ -168,13 +171,10 @@ class Trial:
       if statuses.count(0) == len(statuses):
         return ""
       return f"statuses {statuses}"
-    finally:
-      running.end()
 
   def term(self) -> str:
     """SIGTERM to one process; all save one step and end with 143."""
-    running = self.begin()
-    try:
+    with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
       running.one(self.rng).terminate()
@@ -188,13 +188,10 @@ class Trial:
       if lost:
         raise Wrong(f"SIGTERM: statuses {statuses}: {running.last_line()}")
       return f"statuses {statuses}"
-    finally:
-      running.end()
 
   def stop(self) -> str:
     """A process stands still; the others give it up after a while."""
-    running = self.begin()
-    try:
+    with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
       still = running.one(self.rng)
@@ -208,13 +205,10 @@ class Trial:
           process.wait(PATIENCE)
       still.kill()
       return f"statuses {running.wait()}"
-    finally:
-      running.end()
 
   def clock(self) -> str:
     """The wall clock jumps: nothing happens, or a save is given up."""
-    running = self.begin(JUMPING_CLOCK)
-    try:
+    with self.begin(JUMPING_CLOCK) as running:
       statuses = running.wait()
       line = running.last_line()
       if set(statuses) == {0}:
@@ -222,8 +216,6 @@ class Trial:
       if "clock has jumped" not in line:
         raise Wrong(f"a clock that jumps: statuses {statuses}: {line}")
       return line
-    finally:
-      running.end()
 
   def damage(self) -> str:
     """A checkpoint's file loses a bit, its end, or itself."""
@@ -234,7 +226,7 @@ class Trial:
       if path.is_file() and path.parts[-2] != "checkpoints"
     ]
     if not hit or not files:
-      return hit
+      return ""
     path = self.rng.choice(files)
     data = bytearray(path.read_bytes())
     how = self.rng.choice(("bit", "end", "all")) if data else "all"
@@ -249,8 +241,7 @@ class Trial:
 
   def worker(self) -> str:
     """A process that makes batches dies: an error, and no wait."""
-    running = self.begin("", "--config.data.workers=1")
-    try:
+    with self.begin("", "--config.data.workers=1") as running:
       parent = running.one(self.rng)
       children = _children(parent.pid)
       if not running.is_alive or not children:
@@ -263,49 +254,32 @@ class Trial:
       if 1 not in statuses or not line:
         raise Wrong(f"a dead worker: statuses {statuses}: {line}")
       return line
-    finally:
-      running.end()
 
   def twin(self) -> str:
     """The same command again while it runs: refused, and nothing else."""
-    running = self.begin()
-    second = None
-    try:
+    with self.begin() as running:
       if not running.is_alive or not self._has_begun():
         return self._ended(running)
-      second = Running(self.subject, self.folder)
-      statuses = second.wait()
+      with Running(self.subject, self.folder) as second:
+        statuses = second.wait()
       if not running.is_alive:
         return self._ended(running)
       if 2 not in statuses:
         raise Wrong(f"a second run: statuses {statuses}")
       return self._ended(running) or "refused"
-    finally:
-      for one in (running, second):
-        if one is not None:
-          one.end()
 
   def read_only(self) -> str:
     """The folder cannot be written any more: one line, status 1."""
-    running = self.begin()
-    mounted = False
-    try:
-      if not running.is_alive or not self._has_begun():
-        return self._ended(running)
-      mounted = _bind_read_only(self.folder)
-      if not mounted:
+    with self.begin() as running, _read_only(self.folder) as mounted:
+      if not mounted or not running.is_alive:
         return self._ended(running)
       statuses = running.wait()
       line = running.last_line()
       if set(statuses) == {0}:
         return ""
-      if "Traceback" in line or 1 not in statuses:
+      if 1 not in statuses or not line.startswith("error: "):
         raise Wrong(f"a read-only folder: statuses {statuses}: {line}")
       return line
-    finally:
-      running.end()
-      if mounted:
-        subprocess.run(["umount", str(self.folder)], check=True)
 
   def _has_begun(self) -> bool:
     return any(self.folder.rglob("metrics.jsonl"))
@@ -331,13 +305,22 @@ def _children(process: int) -> list[int]:
     return []
 
 
-def _bind_read_only(folder: pathlib.Path) -> bool:
+@contextlib.contextmanager
+def _read_only(folder: pathlib.Path) -> Iterator[bool]:
   """Whether the folder could be made read-only, which takes a mount."""
-  for options in (["--bind"], ["-o", "remount,ro,bind"]):
-    command = ["mount", *options, str(folder), str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-      return False
-  return True
+  made = 0
+  try:
+    if any(folder.rglob("metrics.jsonl")):
+      for options in (["--bind"], ["-o", "remount,ro,bind"]):
+        command = ["mount", *options, str(folder), str(folder)]
+        found = subprocess.run(command, capture_output=True, check=False)
+        if found.returncode:
+          break
+        made += 1
+    yield made == 2
+  finally:
+    if made:
+      subprocess.run(["umount", str(folder)], check=True)
 
 
 KINDS: dict[str, tuple[Callable[[Trial], str], int]] = {  # with their weights

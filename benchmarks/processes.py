@@ -49,7 +49,7 @@ def main() -> int:
   parser.add_argument("--subjects", default=",".join(SUBJECTS))
   args = parser.parse_args()
   quiet_libraries()
-  print("| run | processes | devices | steps | largest difference of a loss |")
+  print("| run | processes | devices | losses | largest relative difference |")
   print("|---|---:|---:|---:|---:|")
   for name in args.subjects.split(","):
     folder = pathlib.Path(args.workdir).absolute() / name
@@ -79,13 +79,10 @@ def _train(
   arguments = (*SUBJECTS[name], *ROWS[name], "--config.checkpoint.keep=9")
   if name != "slimsam":  # which has epochs
     arguments += ("--config.num_steps=8",)
-  running = Running(
+  with Running(
     Subject(name, arguments, processes), folder, devices=devices // processes
-  )
-  try:
+  ) as running:
     statuses = running.wait()
-  finally:
-    running.end()
   if set(statuses) != {0}:
     sys.exit(f"{folder} ends with {statuses}: {running.last_line()}")
 

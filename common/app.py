@@ -212,7 +212,7 @@ def make_workdir(path: str) -> str:
     try:
       epath.Path(path).mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-      extra = " (pip install '.[gcs]')" if path.startswith("gs://") else ""
+      extra = " (pip install -e '.[gcs]')" if path.startswith("gs://") else ""
       raise UserError(f"workdir {path!r}: {one_line(error)}{extra}") from error
     except KeyError:
       raise UserError(

@@ -363,6 +363,11 @@ def check_kind(workdir: str | os.PathLike[str], config: Config) -> None:
     )
 
 
+def is_free(key: str, free: Iterable[str]) -> bool:
+  """Whether a key may change; `log` frees `log.every` too."""
+  return any(key == name or key.startswith(f"{name}.") for name in free)
+
+
 def check_resume(
   workdir: str | os.PathLike[str],
   config: Config,
@@ -376,7 +381,7 @@ def check_resume(
   Args:
     workdir: the run's folder.
     config: the configuration of this start.
-    free: keys that may change; `log` frees `log.every` too.
+    free: keys that may change; see `is_free`.
 
   Raises:
     UserError: names each key that changed with its old and new value.
@@ -385,11 +390,11 @@ def check_resume(
 
   if not (epath.Path(workdir) / FILE_NAME).exists():
     return
-  prefixes = tuple(free)
+  free = tuple(free)
   changed = [
     f"{key}: {old} -> {new}"
     for key, (old, new) in _changes(load_config(workdir), config).items()
-    if not any(key == p or key.startswith(f"{p}.") for p in prefixes)
+    if not is_free(key, free)
   ]
   if changed:
     shown = "; ".join(changed[:_SHOWN])

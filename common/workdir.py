@@ -206,12 +206,10 @@ class Workdir:
 
 def _fixed(config: Any, free: tuple[str, ...]) -> list[tuple[str, Any]]:
   """The settings that may not change."""
-  prefixes = tuple(f"{key}." for key in free)
-  flat = config_lib.flatten(config).items()
   return sorted(
     (key, value)
-    for key, value in flat
-    if key not in free and not key.startswith(prefixes)
+    for key, value in config_lib.flatten(config).items()
+    if not config_lib.is_free(key, free)
   )
 
 

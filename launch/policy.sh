@@ -58,3 +58,29 @@ again() {
   echo "status $1: restart $failures of $RESTARTS" >&2
   pause $((PAUSE * failures))
 }
+
+# persist ARGUMENT...: calls `attempt`, which sets `began` and `status`, until one
+# is the last, or the caller's traps have set `stopped`.
+persist() {
+  while true; do
+    attempt "$@"
+    if [[ -n $stopped && $status == 143 ]]; then
+      status=$stopped
+    fi
+    [[ -z $stopped ]] || exit "$status"
+    again "$status" $((SECONDS - began)) || exit "$status"
+    [[ -z $stopped ]] || exit "$stopped"
+  done
+}
+
+# slurm_again STATUS SECONDS: as `again`, but a run that has saved goes back into
+# the queue, which ends this job; not after scancel, which leaves nothing running.
+slurm_again() {
+  if [[ $1 == 143 ]]; then
+    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit 143
+  fi
+  again "$@" || exit "$1"
+}

@@ -37,12 +37,5 @@ while true; do
   srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     python -m "$PROJECT.main" --config="$CONFIG" --workdir="$WORKDIR" "$@" ||
     status=$?
-  if [[ $status == 143 ]]; then
-    # Back into the queue; not after scancel, which leaves nothing running.
-    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-      scontrol requeue "$SLURM_JOB_ID"
-    fi
-    exit 143
-  fi
-  again "$status" $((SECONDS - began)) || exit "$status"
+  slurm_again "$status" $((SECONDS - began))
 done

@@ -57,12 +57,5 @@ while true; do
   # shellcheck disable=SC2046 # words are what is wanted
   status=$(cause "$status" $(cat "$statuses"/* 2>/dev/null))
   rm -rf "$statuses"
-  if [[ $status == 143 ]]; then
-    # Back into the queue; not after scancel, which leaves nothing running.
-    if [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-      scontrol requeue "$SLURM_JOB_ID"
-    fi
-    exit 143
-  fi
-  again "$status" $((SECONDS - began)) || exit "$status"
+  slurm_again "$status" $((SECONDS - began))
 done

@@ -67,6 +67,7 @@ verdict() {
 # attempt FLAG...: the run, from its last checkpoint; sets `status`.
 attempt() {
   local i found=
+  began=$SECONDS
   rm -f "$statuses"/*
   for i in "${!hosts[@]}"; do
     process "$i" "$@" &
@@ -93,13 +94,4 @@ stopped=
 trap 'stopped=130; signal_all TERM' INT
 trap 'stopped=143; signal_all TERM' TERM
 
-while true; do
-  began=$SECONDS
-  attempt "$@"
-  if [[ -n $stopped && $status == 143 ]]; then
-    status=$stopped
-  fi
-  [[ -z $stopped ]] || exit "$status"
-  again "$status" $((SECONDS - began)) || exit "$status"
-  [[ -z $stopped ]] || exit "$stopped"
-done
+persist "$@"

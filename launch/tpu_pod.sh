@@ -120,12 +120,4 @@ stopped=
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
-while true; do
-  attempt "$@"
-  if [[ -n $stopped && $status == 143 ]]; then
-    status=$stopped
-  fi
-  [[ -z $stopped ]] || exit "$status"
-  again "$status" $((SECONDS - began)) || exit "$status"
-  [[ -z $stopped ]] || exit "$stopped"
-done
+persist "$@"
