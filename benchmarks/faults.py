@@ -34,7 +34,10 @@ from common.errors import UserError
 from common.logs import quiet_libraries
 from common.metrics import CLOCKS, read_metrics
 
-OFTEN = ("--config.checkpoint.every=2", "--config.log.every=1")
+OFTEN = (
+  "--config.checkpoint.every=2", "--config.checkpoint.keep=3",
+  "--config.log.every=1",
+)  # fmt: skip
 SUBJECTS = {
   "birdie": (
     "birdie.main", "--config=configs/birdie.py:smoke",
@@ -45,8 +48,7 @@ SUBJECTS = {
     "--config.num_steps=24", *OFTEN,
   ),
   "slimsam": (
-    "slimsam.main", "--config=configs/slimsam.py:smoke",
-    "--config.log.every=1", "--config.checkpoint.every=2",
+    "slimsam.main", "--config=configs/slimsam.py:smoke", *OFTEN,
   ),
   "thor": (
     "thor.main", "--config=configs/thor.py:smoke",

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from common.checkpoint import checkpoint_steps
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds in which processes have to end by themselves
 # Runs a module whose wall clock jumps once, at a random moment, by up to a
@@ -218,12 +220,16 @@ class Trial:
       return line
 
   def damage(self) -> str:
-    """A checkpoint's file loses a bit, its end, or itself."""
+    """A checkpoint's file loses a bit, its end, or itself, where there is
+    another checkpoint to go on from.
+    """
     hit = self.kill()
     files = [
       path
-      for path in sorted(self.folder.rglob("checkpoints/*/**/*"))
-      if path.is_file() and path.parts[-2] != "checkpoints"
+      for folder in sorted(self.folder.rglob("checkpoints"))
+      if len(checkpoint_steps(folder)) > 1
+      for path in sorted(folder.glob("*/**/*"))
+      if path.is_file()
     ]
     if not hit or not files:
       return ""

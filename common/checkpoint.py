@@ -196,7 +196,8 @@ class Checkpointer:
       step, error = next(iter(failures.items()))
       raise UserError(
         f"none of the checkpoints {sorted(failures)} in {self.directory} can "
-        f"be read; step {step}: {_first_line(error)}"
+        "be read: restore one, or choose another --workdir to start anew; "
+        f"step {step}: {_first_line(error)}"
       )
     return None
 
@@ -435,4 +436,7 @@ def _absolute(directory: str | os.PathLike) -> str:
 
 def _first_line(error: BaseException) -> str:
   text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:200]
+  # What follows is the address of a method.
+  return text.splitlines()[0].partition(" See full TensorStore details")[0][
+    :200
+  ]
