@@ -2,7 +2,7 @@ r"""Birdie's models as rows get longer: training, memory, decoding.
 
     python benchmarks/birdie_lengths.py                       # a CPU's sizes
     python benchmarks/birdie_lengths.py --width=512 --layers=12 --heads=4 \
-      --dtype=bfloat16 --lengths=2048,8192,32768 --tokens=131072 --peak=989e12
+      --dtype=bfloat16 --lengths=2048,8192,32768 --tokens=65536 --peak=989e12
 
 Every length has as many tokens in a batch (at least one row), so what changes
 is the length alone. Training is a step of AdamW; its work is 6 a parameter and
@@ -29,6 +29,7 @@ from common.optim import make_optimizer
 from configs.birdie import get_config
 
 VOCABULARY = 512
+DECODED = 64  # tokens behind a prompt, at most
 # Layers of the Gated SSM for each of the others': about as many parameters.
 DEPTH = {"gated_ssm": 2, "hawk": 1, "transformer": 1}
 
@@ -92,7 +93,7 @@ def measure(args: argparse.Namespace, name: str, length: int) -> dict[str, Any]:
   return made | {
     "utilization": work * rate / args.peak if args.peak else None,
     "decode": decode_seconds(args, model, params, length),
-    "state": decode.state_bytes(model, length + 64),
+    "state": decode.state_bytes(model, length + DECODED),
     "parameters": count,
   }
 
@@ -140,13 +141,13 @@ def decode_seconds(
 ) -> float:
   """Of one token after a prompt, the median of many."""
   prompt = np.random.default_rng(1).integers(2, VOCABULARY, (1, length))
-  steps = 8 * args.rounds
+  steps = min(8 * args.rounds, DECODED)
   state = decode.prefill(
     model,
     params,
     jnp.asarray(prompt, jnp.int32),
     jnp.full(1, length),
-    capacity=length + steps,
+    capacity=length + DECODED,
   )
   token, seconds = jnp.ones(1, jnp.int32), []
   for _ in range(steps):

@@ -2,8 +2,9 @@
 
     python benchmarks/birdie_step.py
 
-The whole step: forward, backward, clipping, AdamW; float32, rows of one segment
-each, causal as the peers are. With torch and transformers installed (the
+The whole step: forward, backward, clipping, AdamW; rows of one segment each,
+causal as the peers are, on the device that jax finds, in `--dtype` (PyTorch's
+by autocast). With torch and transformers installed (the
 `parity` extra) Hawk stands beside RecurrentGemma without attention layers, and
 the Transformer beside Llama with PyTorch's fused attention. Every round runs
 each once; tokens a second come from medians, `times` is ours over theirs, with
@@ -21,9 +22,13 @@ Transformer once, on a CPU. The last line is JSON.
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import time
 from typing import Any
+
+# Both libraries shall have room on a GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +66,14 @@ def main() -> int:
     from birdie_step_peers import torch_steps
 
     sizes = {"vocab_size": VOCABULARY, **steps["transformer"].sizes}
-    peers = torch_steps(sizes, rows=args.rows, length=args.length)
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    peers = torch_steps(
+      sizes,
+      rows=args.rows,
+      length=args.length,
+      device=device,
+      dtype=args.dtype,
+    )
     runs |= {f"{name}, transformers": run for name, run in peers.items()}
   for run in runs.values():  # compiles, and warms up
     run()

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def torch_steps(model: Any, *, rows: int, length: int) -> dict[str, Callable]:
+def torch_steps(
+  model: Any, *, rows: int, length: int, device: str, dtype: str
+) -> dict[str, Callable]:
   """Training steps of PyTorch models of the same shapes, by our model's name.
 
   Args:
@@ -12,6 +14,8 @@ def torch_steps(model: Any, *, rows: int, length: int) -> dict[str, Callable]:
       `heads`, `mlp_width` and `gate_blocks`.
     rows: of a batch.
     length: of a row.
+    device: "cpu" or "cuda".
+    dtype: of the computation, by autocast; parameters are in 32 bits.
 
   Returns:
     Functions that do one step of AdamW on a fixed batch and return how many
@@ -46,23 +50,29 @@ def torch_steps(model: Any, *, rows: int, length: int) -> dict[str, Callable]:
       attn_implementation="sdpa",
     )
   )
-  shape = (rows, length)
+  vocabulary, shape = model["vocab_size"], (rows, length)
   return {
-    "hawk": _step(hawk, model["vocab_size"], shape),
-    "transformer": _step(llama, model["vocab_size"], shape),
+    name: _step(peer.to(device), vocabulary, shape, device, dtype)
+    for name, peer in (("hawk", hawk), ("transformer", llama))
   }
 
 
-def _step(model: Any, vocab_size: int, shape: tuple[int, int]) -> Callable:
+def _step(
+  model: Any, vocab_size: int, shape: tuple[int, int], device: str, dtype: str
+) -> Callable:
   import torch  # type: ignore
 
   optimizer = torch.optim.AdamW(
     model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
   )
-  tokens = torch.randint(0, vocab_size, shape)
+  tokens = torch.randint(0, vocab_size, shape, device=device)
+  mixed = torch.autocast(
+    device, getattr(torch, dtype), enabled=dtype != "float32"
+  )
 
   def step() -> int:
-    logits = model(input_ids=tokens).logits
+    with mixed:
+      logits = model(input_ids=tokens).logits
     loss = torch.nn.functional.cross_entropy(
       logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
     )
@@ -70,6 +80,8 @@ def _step(model: Any, vocab_size: int, shape: tuple[int, int]) -> Callable:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    if device == "cuda":
+      torch.cuda.synchronize()
     return sum(p.numel() for p in model.parameters())
 
   return step

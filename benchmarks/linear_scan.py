@@ -10,6 +10,8 @@ and `a x`, `g h`, `g a` for forward and backward (8 arrays). Every round runs
 every row once; printed are medians, and over the unit the ratios of medians
 with those of the least in brackets. `temp` is memory for temporaries, in
 arrays, as the compiler plans it. A gate is missed when both ratios are.
+`error` is how far a row's numbers, of the first of the batch, are at most from
+those of a loop in 64 bits, over the largest of the loop's.
 
 Rows: the forms of `common.parallel.linear_scan`; `reverse` and `resets` of the
 first one; `lax.associative_scan` with jax's own gradient; `scan over rows`, a
@@ -53,13 +55,18 @@ PLATFORM = jax.default_backend()
 IS_CPU = PLATFORM == "cpu"
 SHAPES = {
   "cpu": "1x1024x512,1x16384x512,8x1024x512,8x4096x512",
-  "gpu": "1x1024x512,1x65536x512,64x1024x512,8x4096x2048,8x65536x2048",
+  "gpu": "1x1024x512,1x65536x512,64x1024x512,8x4096x2048,8x16384x2048",
 }
 FORMS: dict[str, tuple[str, ...]] = {
   "cpu": ("sequential", "chunked", "associative"),
   "gpu": ("triton", "associative"),
   "tpu": ("mosaic", "associative"),
 }
+ERROR = {"float32": 1e-5, "bfloat16": 1e-2}
+# Of the first form, which compute something else.
+VARIANTS = tuple(
+  f"{FORMS.get(PLATFORM, ('',))[0]}, {name}" for name in ("reverse", "resets")
+)
 SLOW = 3  # rounds of rows that are several times slower
 
 
@@ -154,8 +161,8 @@ def program(run: Callable, arrays: Arrays, part: str, **more: Any) -> Row:
   return Row(made, part, memory.temp_size_in_bytes, **more)
 
 
-def make_rows(arrays: Arrays, dtype: str) -> dict[str, Row]:
-  """All candidates, by name and part."""
+def make_rows(arrays: Arrays, dtype: str, peers: str) -> dict[str, Row]:
+  """All candidates, by name and part; `peers` as the flag of that name."""
   x = arrays[0]
   reset = jnp.asarray(np.random.default_rng(1).uniform(size=x.shape[:2]) < 0.01)
   first, *others = FORMS[PLATFORM]
@@ -179,11 +186,16 @@ def make_rows(arrays: Arrays, dtype: str) -> dict[str, Row]:
       rows[f"{name}, {part}"] = compiled(
         call, arrays, part, rounds=math.inf if quick else SLOW
       )
-  return rows | dict(torch_rows(arrays, dtype))
+  return rows | dict(torch_rows(arrays, dtype, tuple(peers.split(","))))
 
 
-def torch_rows(arrays: Arrays, dtype: str) -> Iterator[tuple[str, Row]]:
-  """Peers in torch, where they are installed; each in its own layout."""
+def torch_rows(
+  arrays: Arrays, dtype: str, names: tuple[str, ...]
+) -> Iterator[tuple[str, Row]]:
+  """Peers in torch, where they are installed; each in its own layout.
+
+  What a peer cannot do is said in a line.
+  """
   if importlib.util.find_spec("torch") is None:
     return
   import torch  # type: ignore
@@ -196,6 +208,8 @@ def torch_rows(arrays: Arrays, dtype: str) -> Iterator[tuple[str, Row]]:
       torch.cuda.synchronize()
 
   for name, (prepare, forward) in torch_peers(IS_CPU).items():
+    if not name.startswith(names):
+      continue
     try:
       x, a, g = prepare(
         *(
@@ -204,7 +218,7 @@ def torch_rows(arrays: Arrays, dtype: str) -> Iterator[tuple[str, Row]]:
         )
       )
     except torch.OutOfMemoryError:
-      print(f"{name}: no room")
+      print(f"# {name}: no room")
       continue
 
     def once(*_: Any, x: Any = x, a: Any = a, forward: Any = forward) -> Any:
@@ -219,13 +233,45 @@ def torch_rows(arrays: Arrays, dtype: str) -> Iterator[tuple[str, Row]]:
       gates.requires_grad_()
       return torch.autograd.grad(forward(drive, gates), (drive, gates), g)
 
-    yield f"{name}, forward", Row(once, "forward", None, SLOW, wait)
-    # The gradient of a loop over torch's rows keeps every row apart.
-    if "loop" not in name:
-      yield f"{name}, both", Row(both, "both", None, SLOW, wait)
+    for part, call in (("forward", once), ("both", both)):
+      # The gradient of a loop over torch's rows keeps every row apart.
+      if part == "both" and "loop" in name:
+        continue
+      try:
+        wait(call())
+      except Exception as error:  # whatever a peer raises
+        reason = str(error).strip().splitlines()[:1]
+        print(f"# {name}, {part}: {type(error).__name__}: {reason}")
+      else:
+        yield f"{name}, {part}", Row(call, part, None, SLOW, wait)
 
 
 # -- measuring -----------------------------------------------------------------
+
+
+def in_64_bits(arrays: Arrays) -> dict[str, list[np.ndarray]]:
+  """What every part returns for the first of the batch, [t n] each."""
+  x, a, g = (np.asarray(array[0], np.float64) for array in arrays)
+  h, slope = np.empty_like(x), np.empty_like(x)
+  state = np.zeros_like(x[0])
+  for t in range(len(x)):
+    h[t] = state = a[t] * state + x[t]
+  state = np.zeros_like(x[0])
+  for t in reversed(range(len(x))):
+    slope[t] = state = g[t] + state
+    state = a[t] * state
+  before = np.concatenate([np.zeros_like(h[:1]), h[:-1]])
+  return {"forward": [h], "both": [h, slope, slope * before]}
+
+
+def error(row: Row, arrays: Arrays, right: list[np.ndarray]) -> float:
+  """How far a row is at most from `right`, over the largest of it."""
+  found = jax.tree.leaves(row.call(*arrays))
+  return max(
+    float(np.max(np.abs(np.asarray(one[0], np.float64) - other)))
+    / float(np.max(np.abs(other)))
+    for one, other in zip(found, right, strict=True)
+  )
 
 
 def time_in_rounds(
@@ -243,13 +289,21 @@ def time_in_rounds(
   return times
 
 
-def measure(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict]:
+def measure(
+  shape: tuple[int, ...], dtype: str, rounds: int, peers: str
+) -> list[dict]:
   """Times of all candidates at one shape, in JSON's terms."""
   keys = jax.random.split(jax.random.key(0), 3)
   x, g = (jax.random.normal(key, shape, dtype) for key in keys[:2])
   a = jax.random.uniform(keys[2], shape, dtype, 0.5, 1)
   arrays = jax.block_until_ready((x, a, g))
-  rows = make_rows(arrays, dtype)
+  rows = make_rows(arrays, dtype, peers)
+  right = in_64_bits(arrays)
+  apart = {
+    name: error(row, arrays, right[row.part])
+    for name, row in rows.items()
+    if row.temp is not None and not name.startswith(("unit", *VARIANTS))
+  }
   times = time_in_rounds(rows, arrays, rounds)
   made = []
   for name, row in rows.items():
@@ -261,7 +315,7 @@ def measure(shape: tuple[int, ...], dtype: str, rounds: int) -> list[dict]:
       "seconds": statistics.median(times[name]), "least": min(times[name]),
       "over_unit": statistics.median(times[name]) / statistics.median(unit),
       "least_over_unit": min(times[name]) / min(unit),
-      "temp_arrays": temp,
+      "temp_arrays": temp, "error": apart.get(name),
       "gigabytes_per_second": (3 if row.part == "forward" else 8) * x.nbytes
       / statistics.median(times[name]) / 1e9,
     })  # fmt: skip
@@ -282,6 +336,7 @@ def limits(rows: list[dict]) -> Iterator[Limit]:
       yield Limit(
         f"{where} over unit", row["over_unit"], row["least_over_unit"], bound
       )
+      yield Limit(f"{where}: error", *[row["error"]] * 2, ERROR[dtype])
       if dtype == "float32":  # bits of 16 are a copy
         temp = row["temp_arrays"]
         yield Limit(f"{where}: temporaries, arrays", temp, temp, 0.1)
@@ -332,13 +387,14 @@ def show(rows: list[dict]) -> None:
     title = f"{'x'.join(map(str, row['shape']))} {row['dtype']}"
     if title != last:
       print(f"# {title}")
-      print(f"{'':38s}      ms  over unit (least)  temp    GB/s")
+      print(f"{'':38s}      ms  over unit (least)  temp    GB/s  error")
       last = title
     temp = "–" if row["temp_arrays"] is None else f"{row['temp_arrays']:.2f}"
+    far = "–" if row["error"] is None else f"{row['error']:.0e}"
     print(
       f"{row['name'] + ', ' + row['part']:38s} {row['seconds'] * 1e3:7.2f} "
       f"{row['over_unit']:9.2f} ({row['least_over_unit']:5.2f}) {temp:>6s} "
-      f"{row['gigabytes_per_second']:7.1f}",
+      f"{row['gigabytes_per_second']:7.1f} {far:>6s}",
       flush=True,
     )
 
@@ -417,6 +473,7 @@ def main() -> int:
   add("--shapes", default=SHAPES.get(PLATFORM, SHAPES["gpu"]), help="BxTxN,…")
   add("--dtypes", default="float32,bfloat16")
   add("--rounds", type=int, default=9)
+  add("--peers", default="torch,accelerated-scan,fla", help="none: -")
   add("--write", action="store_true", help="the table that auto reads")
   add("--plot", metavar="FILE", help="draw times over sizes")
   args = parser.parse_args()
@@ -426,7 +483,7 @@ def main() -> int:
   rows: list[dict] = []
   for dtype in args.dtypes.split(","):
     for shape in parsed(args.shapes):
-      rows += (own := measure(shape, dtype, args.rounds))
+      rows += (own := measure(shape, dtype, args.rounds, args.peers))
       show(own)
   gates = list(limits(rows))
   for gate in gates:
