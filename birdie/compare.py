@@ -125,7 +125,7 @@ def make_jobs(config: Any) -> list[Job]:
     "seeds": 1, "first_seed": 0, "problems": 1, "questions": 0, "batch_size": 1,
   }  # fmt: skip
   names = check_settings(cfg, least)
-  _check_task(config)
+  _check_task(config, names)
   jobs = []
   for seed in range(cfg.first_seed, cfg.first_seed + cfg.seeds):
     for name in names:
@@ -137,7 +137,7 @@ def make_jobs(config: Any) -> list[Job]:
   return jobs
 
 
-def _check_task(config: Any) -> None:
+def _check_task(config: Any, names: Sequence[str]) -> None:
   """Refuses what would fail after hours of training."""
   from birdie import train
   from birdie.data import make_vocabulary
@@ -149,10 +149,12 @@ def _check_task(config: Any) -> None:
   tokenizer = make_tokenizer(config.tokenizer)
   _check_keys(config.compare.finetune.task)
   _tasks(config, make_vocabulary(tokenizer), tokenizer)
-  try:
-    train.make_setup(finetuning(config), tokenizer)
-  except UserError as error:  # its keys are those of a training
-    raise UserError(f"compare.finetune: {error}") from None
+  for name in names:
+    own = job_config(config, config.compare.settings[name], seed=0)
+    try:
+      train.make_setup(finetuning(own), tokenizer)
+    except UserError as error:  # its keys are those of a training
+      raise UserError(f"compare.finetune: {error}") from None
 
 
 def _check_keys(task: Any) -> None:
@@ -189,7 +191,7 @@ def finetuning(config: Any) -> Any:
   made = config.copy_and_resolve_references()
   cfg = made.compare.finetune
   with made.unlocked():
-    made.mixture.entries = (_entry(cfg.task),)
+    made.mixture.update({"entries": (_entry(cfg.task),), "shares": ""})
     made.controller.enabled = False
     made.controller.schedule = str(cfg.num_steps)
     made.num_steps = cfg.num_steps

@@ -56,6 +56,14 @@ def test_a_fine_tuning_is_the_task_alone(config):
   assert config.controller.enabled  # the original is as it was
 
 
+def test_every_system_can_be_fine_tuned(config):
+  systems = tuple(config.compare.settings)
+  config.compare.update({"systems": ", ".join(systems), "seeds": 1})
+  for job in make_jobs(config):
+    (entry,) = make_configurations(job.second, byte_vocabulary())
+    assert (entry.cls, entry.weight) == ("associative_recall", 1)
+
+
 @pytest.mark.parametrize(
   ("change", "message"),
   [
