@@ -45,6 +45,8 @@ def main() -> int:
   add("--layers", type=int, default=2, help="twice as many for the Gated SSM")
   add("--heads", type=int, default=3)
   add("--dtype", default="float32")
+  add("--models", default=",".join(DEPTH))
+  add("--scan_impl", default="auto", help="of the recurrences")
   add("--rounds", type=int, default=5)
   add("--peak", type=float, default=0.0, help="FLOP/s of the device")
   args = parser.parse_args()
@@ -52,7 +54,7 @@ def main() -> int:
   rows = {
     f"{name} {length}": measure(args, name, length)
     for length in lengths
-    for name in DEPTH
+    for name in args.models.split(",")
   }
   print(
     f"{'model, length':20s}  tokens/s   MFU %  temporaries  decoding, ms"
@@ -78,7 +80,7 @@ def measure(args: argparse.Namespace, name: str, length: int) -> dict[str, Any]:
   config.model.update(
     {"name": name, "width": args.width, "state": args.width,
      "layers": args.layers * DEPTH[name], "heads": args.heads,
-     "dtype": args.dtype}
+     "dtype": args.dtype, "scan_impl": args.scan_impl}
   )  # fmt: skip
   if name == "transformer":
     config.model.bidirectional = "all"

@@ -40,7 +40,7 @@ def torch_peers(is_cpu: bool) -> dict[str, tuple[Callable, Callable]]:
 
     found["torch, associative_scan"] = as_it_is, scanned
   if importlib.util.find_spec("accelerated_scan") is not None:
-    name = "ref" if is_cpu else "triton"
+    name = "ref" if is_cpu else "scalar"  # a Triton kernel
     module: Any = importlib.import_module(f"accelerated_scan.{name}")
 
     def time_last(*arrays: Any) -> Any:
