@@ -336,7 +336,8 @@ def limits(rows: list[dict]) -> Iterator[Limit]:
       yield Limit(
         f"{where} over unit", row["over_unit"], row["least_over_unit"], bound
       )
-      yield Limit(f"{where}: error", *[row["error"]] * 2, ERROR[dtype])
+      far = row["error"]
+      yield Limit(f"{where}: error", far, far, ERROR[dtype])
       if dtype == "float32":  # bits of 16 are a copy
         temp = row["temp_arrays"]
         yield Limit(f"{where}: temporaries, arrays", temp, temp, 0.1)

@@ -9,6 +9,7 @@ and refusals come at once.
 """
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -150,6 +151,13 @@ def _make_parser(
   add("--coordinator", metavar="HOST:PORT", help="process 0, if not found out")
   add("--num_processes", type=int, metavar="N", help="with --coordinator")
   add("--process_id", type=int, metavar="I", help="with --coordinator")
+  add(
+    "--peer_timeout",
+    type=int,
+    metavar="SECONDS",
+    help="after which a process that says nothing is given up, and the others "
+    "end (default: 100)",
+  )
   return parser
 
 
@@ -250,6 +258,8 @@ def _check_distributed(args: argparse.Namespace) -> None:
     )
   if not missing and args.distributed is False:
     raise UserError("--coordinator contradicts --no-distributed")
+  if args.peer_timeout is not None and args.peer_timeout < 1:
+    raise UserError(f"--peer_timeout={args.peer_timeout}: at least 1 second")
 
 
 def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
@@ -300,10 +310,13 @@ def _join(args: argparse.Namespace) -> None:
   """
   import jax
 
+  join = jax.distributed.initialize
+  if args.peer_timeout is not None:
+    join = functools.partial(join, heartbeat_timeout_seconds=args.peer_timeout)
   if args.coordinator is not None:
     # Whoever counts processes gets all devices of a host for each: asked for
     # the rest, jax would take one under SLURM, and warn under Kubernetes.
-    jax.distributed.initialize(
+    join(
       coordinator_address=args.coordinator,
       num_processes=args.num_processes,
       process_id=args.process_id,
@@ -315,7 +328,7 @@ def _join(args: argparse.Namespace) -> None:
     if found is None and not args.distributed:
       return
     try:
-      jax.distributed.initialize(**(found or {}))
+      join(**(found or {}))
     except ValueError as error:
       raise UserError(
         f"nothing here says which processes form the run ({one_line(error)}): "

@@ -135,7 +135,7 @@ def record_source(cfg: Any) -> Sequence[Any]:
     return _data_source(_tfds_builder(cfg), cfg.split)
   if cfg.kind == "array_record":
     follow_links = cfg.get("follow_links", False)
-    return _open_array_record(find_files(cfg.path, follow_links=follow_links))
+    return _ArrayRecords(find_files(cfg.path, follow_links=follow_links))
   raise UserError(
     f"data.source.kind={cfg.kind!r}: records come from tfds or array_record"
   )
@@ -301,17 +301,40 @@ def _json_lines(file: str, key: str) -> Documents:
     raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-def _open_array_record(files: Sequence[str]) -> Any:
-  import grain
+class _ArrayRecords(Sequence):
+  """grain's records of files, in whose place an error names the files.
 
-  try:
-    source = grain.sources.ArrayRecordDataSource(list(files))
-    len(source)  # Opens the files.
-  except (RuntimeError, ValueError, OSError) as error:
-    raise UserError(
-      f"{files[0]}{' ...' if files[1:] else ''}: no ArrayRecord file: {error}"
-    ) from error
-  return source
+  Args:
+    files: at least one.
+  """
+
+  def __init__(self, files: Sequence[str]):
+    import grain
+
+    self._name = f"{files[0]}{' ...' if files[1:] else ''}"
+    try:
+      self._records = grain.sources.ArrayRecordDataSource(list(files))
+      len(self._records)  # Opens the files.
+    except (RuntimeError, ValueError, OSError) as error:
+      raise UserError(f"{self._name}: no ArrayRecord file: {error}") from error
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __repr__(self) -> str:
+    return repr(self._records)
+
+  def __getitem__(self, place: Any) -> Any:
+    return self.__getitems__([place])[0]
+
+  def __getitems__(self, places: Sequence[int]) -> Sequence[bytes]:
+    try:
+      return self._records.__getitems__(places)
+    except (RuntimeError, ValueError) as error:
+      where = f"record {places[0]}" + (" or later" if len(places) > 1 else "")
+      raise UserError(
+        f"{self._name}: {where} is damaged: make the file again ({error})"
+      ) from error
 
 
 def in_batches(source: Any) -> Iterator[Any]:
@@ -322,7 +345,7 @@ def in_batches(source: Any) -> Iterator[Any]:
 
 
 def _array_records(file: str, key: str) -> Documents:
-  records = in_batches(_open_array_record([file]))
+  records = in_batches(_ArrayRecords([file]))
   for i, data in enumerate(records):
     place = f"{file}: record {i}"
     if key:

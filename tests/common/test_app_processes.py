@@ -173,6 +173,18 @@ def test_a_coordinator_on_the_command_line_is_all_jax_hears(
   ]
 
 
+@pytest.mark.parametrize("environment", [{}, OPEN_MPI_4])
+def test_the_patience_with_peers_can_be_set(
+  run, joined, monkeypatch, environment
+):
+  monkeypatch.setattr(os, "environ", dict(environment))
+  place = ["--coordinator=h:9", "--num_processes=2", "--process_id=1"]
+  assert run("--peer_timeout=7", *([] if environment else place)) == (0, "")
+  assert joined[0]["heartbeat_timeout_seconds"] == 7
+  status, error = run("--peer_timeout=0")
+  assert (status, error) == (2, "error: --peer_timeout=0: at least 1 second\n")
+
+
 def test_processes_that_nobody_names_are_refused(run, monkeypatch):
   def initialize():
     raise ValueError("Number of processes must be defined.")
@@ -207,6 +219,9 @@ def killing(*processes):
   finally:
     for process in processes:
       process.kill()
+      process.wait()
+      process.stdout.close()
+      process.stderr.close()
 
 
 @pytest.mark.parametrize(
@@ -257,19 +272,23 @@ def test_processes_of_srun_and_of_mpirun_find_each_other(folder):
   assert all("error: refused\n" in err for _, err in results)
 
 
-def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
-  port = free_port()
-  processes = [
+def start_two(folder, *arguments):
+  address = f"127.0.0.1:{free_port()}"
+  return [
     start(
       folder,
       "--config=configs/toy.py",
-      "--config.name=die",
-      f"--coordinator=127.0.0.1:{port}",
+      *arguments,
+      f"--coordinator={address}",
       "--num_processes=2",
       f"--process_id={i}",
     )
     for i in range(2)
   ]
+
+
+def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
+  processes = start_two(folder, "--config.name=die")
   began = time.monotonic()
   with killing(*processes):
     results = [process.communicate(timeout=50) for process in processes]
@@ -278,3 +297,20 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(folder):
   assert processes[0].returncode == 1
   assert results[0][1].count("RuntimeError: boom") == 1
   assert processes[1].returncode != 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_peer_that_is_gone_or_stands_still_ends_the_others(
+  folder, victim, number
+):
+  processes = start_two(folder, "--config.name=sleep", "--peer_timeout=2")
+  began = time.monotonic()
+  with killing(*processes):
+    for process in processes:
+      assert process.stdout.readline().startswith("2 ")
+    processes[victim].send_signal(number)
+    other = processes[1 - victim]
+    other.communicate(timeout=40)
+  assert time.monotonic() - began < 40  # they sleep for 60
+  assert other.returncode not in (0, 2, 143)  # launchers try again

@@ -111,6 +111,31 @@ def test_bad_files_are_one_line_with_the_place(
   assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.99])
+def test_a_truncated_shard_is_one_line(tmp_path, share):
+  path = tmp_path / "cut.array_record"
+  write_records(path, [b"a line of text " * 40] * 200)
+  data = path.read_bytes()
+  path.write_bytes(data[: int(share * len(data))])
+  with pytest.raises(UserError, match=r"cut\.array_record: no") as e:
+    texts(kind="array_record", path=str(path), text_key="")
+  assert "\n" not in str(e.value)
+
+
+def test_a_flipped_bit_of_a_record_is_one_line(tmp_path):
+  path = tmp_path / "bit.array_record"
+  write_records(path, [b"a line of text " * 40] * 200)
+  data = bytearray(path.read_bytes())
+  data[1000] ^= 4
+  path.write_bytes(data)
+  with pytest.raises(UserError, match="record 0 or later is damaged: make"):
+    texts(kind="array_record", path=str(path), text_key="")
+  records = record_source(config(kind="array_record", path=str(path)))
+  assert records[100] == b"a line of text " * 40
+  with pytest.raises(UserError, match=r"bit\.array_record: record \d+ is"):
+    [records[i] for i in range(200)]
+
+
 def test_a_bad_record_is_named(tmp_path):
   path = write_records(tmp_path / "r.array_record", [b"a", b"\xff"])
   with pytest.raises(UserError, match=r"r.array_record: record 1: byte 1"):
