@@ -29,6 +29,8 @@ CLAIMS = tuple(
     ("Birdie is better than NTP", "birdie", "ntp"),
     ("Birdie is better than UL2", "birdie", "ul2"),
     ("the controller is better than a uniform mixture", "birdie", "uniform"),
+    ("the controller is better than the best fixed mixture of a search",
+     "birdie", "searched"),
   )
 ) + tuple(
   Claim(f"reading both ways is better: {title}", name, f"{name}_causal")

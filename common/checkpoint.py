@@ -12,7 +12,7 @@ nobody reads and the next run removes.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -48,6 +48,8 @@ class Checkpointer:
     keep: how many of the newest steps stay.
     best: also keep the step with the best value of this metric.
     best_mode: "min" or "max".
+    before_save: called before every save; what a run writes beside its
+      checkpoints must not be behind them.
   """
 
   def __init__(
@@ -57,6 +59,7 @@ class Checkpointer:
     keep: int = 2,
     best: str | None = None,
     best_mode: str = "min",
+    before_save: Callable[[], None] = lambda: None,
   ):
     if keep < 1:
       raise UserError(f"checkpoint keep={keep}: keep at least 1")
@@ -64,6 +67,7 @@ class Checkpointer:
       raise UserError(f"checkpoint best_mode={best_mode!r}: use min or max")
     self.directory = _absolute(directory)
     self._best = best
+    self._before_save = before_save
     kept: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
     ranked = None
     if best is not None:
@@ -124,6 +128,7 @@ class Checkpointer:
         f"checkpoint {step} exists in {self.directory} and is never "
         "overwritten: choose another workdir"
       )
+    self._before_save()
     rest = {
       "step": state.step,
       "opt_state": state.opt_state,

@@ -22,6 +22,8 @@ PyTree = Any
 FILE_NAME = "metrics.jsonl"
 CLOCKS = ("step", "time", "time_run")  # what every line starts with
 SYNC_SECONDS = 1.0
+# Object stores cannot append: every writing there is one of the whole file.
+UPLOAD_SECONDS = 30.0
 
 
 @flax.struct.dataclass
@@ -70,7 +72,8 @@ class MetricWriter:
   A line is handed to the system when it is written, so that a killed process
   loses none, and to the disk at most once a second, so that a machine that
   goes down loses little and slow disks do not slow the training. A line that
-  was torn all the same gets closed before the next is written.
+  was torn all the same gets closed before the next is written. A bucket's file
+  gets its lines every half minute, and with `flush`.
 
   Args:
     workdir: the run's folder; `metrics.jsonl` is appended to.
@@ -94,6 +97,8 @@ class MetricWriter:
     self._start = time.monotonic()
     self._synced = -math.inf
     self._is_checked = False  # that the file ends with a whole line
+    self._whole: bytes | None = None  # a bucket's file, as it is to be
+    self._is_behind = False  # the bucket's file lacks lines
     self._board: Any = None
     self._make_board: Any = None
     if is_writer:
@@ -134,9 +139,14 @@ class MetricWriter:
           self._board.add_scalar(name, value, int(step))
 
   def _append(self, text: str) -> None:
-    if "://" in os.fspath(self._path):  # object stores cannot append
-      old = self._path.read_bytes() if self._path.exists() else b""
-      self._path.write_bytes(_closed(old) + text.encode())
+    if "://" in os.fspath(self._path):
+      if self._whole is None:
+        old = self._path.read_bytes() if self._path.exists() else b""
+        self._whole = _closed(old)
+      self._whole += text.encode()
+      self._is_behind = True
+      if time.monotonic() - self._synced >= UPLOAD_SECONDS:
+        self.flush()
       return
     with open(self._path, "ab+") as file:
       if not self._is_checked:
@@ -151,6 +161,14 @@ class MetricWriter:
         os.fsync(file.fileno())
         self._synced = now
 
+  def flush(self) -> None:
+    """Gives a bucket the lines that it lacks; call it before a checkpoint, for
+    a killed run goes on from there.
+    """
+    if self._is_behind and self._whole is not None:
+      self._path.write_bytes(self._whole)
+      self._synced, self._is_behind = time.monotonic(), False
+
   def truncate(self, step: int) -> None:
     """Goes back to `step`: drops the lines of later steps and torn lines.
 
@@ -164,13 +182,17 @@ class MetricWriter:
       self._board, self._make_board = self._make_board(step + 1), None
     if not self._path.exists():
       return
+    self._whole, self._is_behind = None, False
     kept = [line for line in read_metrics(self._path) if line["step"] <= step]
     self._before = kept[-1]["time_run"] if kept else 0.0
     self._start = time.monotonic()
     files.replace(self._path, "".join(json.dumps(line) + "\n" for line in kept))
 
   def close(self) -> None:
-    """Closes the event file; writing after it is an error there."""
+    """Gives away the last lines and closes the event file; writing after it is
+    an error there.
+    """
+    self.flush()
     if self._board is not None:
       self._board.close()
 

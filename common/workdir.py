@@ -73,7 +73,11 @@ class Workdir:
       "configurations or data",
     )
     self.checkpointer = Checkpointer(
-      self.path / "checkpoints", keep=keep, best=best, best_mode=best_mode
+      self.path / "checkpoints",
+      keep=keep,
+      best=best,
+      best_mode=best_mode,
+      before_save=lambda: self.writer.flush(),
     )
     metrics = self.path / METRICS
     has_lines = metrics.exists() and metrics.stat().length > 0

@@ -215,6 +215,8 @@ def test_object_stores_are_rewritten_because_they_cannot_append(monkeypatch):
   monkeypatch.setattr(writer, "_is_writer", True)
   writer.write(2, {"loss": 2.0})
   writer.write(3, {"loss": 3.0})
+  assert bucket.content.count(b"\n") == 2  # the second is not urgent
+  writer.flush()
   torn, *whole = bucket.content.decode().splitlines()
   assert torn == '{"step": 1, "torn'
   assert [json.loads(line)["step"] for line in whole] == [2, 3]

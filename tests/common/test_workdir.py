@@ -8,6 +8,7 @@ import fsspec
 import jax
 import jax.numpy as jnp
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
@@ -141,6 +142,30 @@ def test_a_run_in_a_bucket(bucket):
   assert json.loads((bucket / "run/config.json").read_text())["seed"] == 0
   with pytest.raises(UserError, match="seed: 0 -> 1"):
     open_run("gs://bucket/run", {"seed": 1})
+
+
+def test_a_bucket_has_all_lines_of_a_checkpoint(bucket, monkeypatch):
+  # Arrays go to Google by another way.
+  monkeypatch.setattr(ocp.CheckpointManager, "save", lambda *_, **__: None)
+  file = bucket / "run/metrics.jsonl"
+
+  def steps():
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+  with open_run("gs://bucket/run") as folder:
+    state = resume(folder)
+    for step in (1, 2, 3):
+      folder.writer.write(step, {"loss": 0.5})
+    assert steps() == [1]  # the others wait for company
+    folder.checkpointer.save(3, state, None)
+    assert steps() == [1, 2, 3]
+    folder.writer.write(4, {"loss": 0.5})
+    # A run that is killed here goes on from step 3.
+    folder.writer.truncate(3)
+    folder.writer.write(4, {"loss": 0.25})
+    assert steps() == [1, 2, 3]
+  assert steps() == [1, 2, 3, 4]
+  assert json.loads(file.read_text().splitlines()[-1])["loss"] == 0.25
 
 
 def test_a_bucket_that_is_missing_or_not_ours_is_refused(bucket, monkeypatch):
