@@ -9,7 +9,7 @@ run in the same folder, a dead worker. After each hit the same command starts
 again. In the end every logged number and every parameter has to be the one of
 the run that nothing has hit, bit for bit: a batch that was lost or repeated
 shows in both. What a process says and with which status it ends is checked as
-well.
+well. `damage` is a kill and then a damaged file.
 
 Trials are drawn from the seed and their number. What has finished stands in
 `results.jsonl`; the same command goes on where it was stopped.
@@ -92,6 +92,7 @@ def main() -> int:
     with open(results, "a") as file:
       file.write(json.dumps(record) + "\n")
     print(f"trial {number}: {record}", flush=True)
+  print(f"\nSeed {args.seed}, trials 0 to {args.trials - 1}.\n")
   print(table([done[number] for number in range(args.trials)]))
   return int(any(record["wrong"] for record in done.values()))
 
@@ -215,6 +216,9 @@ def table(records: list[dict[str, Any]]) -> str:
       + [str(counts[subject, kind]) for kind in KINDS]
       + [f"{equal} of {len(own)}"]
     )
+  sums = (str(sum(counts[s, kind] for s in subjects)) for kind in KINDS)
+  equal = sum(not record["wrong"] for record in records)
+  rows.append(["all", str(len(records)), *sums, f"{equal} of {len(records)}"])
   lines = ["| " + " | ".join(row) + " |" for row in rows]
   lines.insert(1, "|" + "---|" * len(rows[0]))
   wrong = [

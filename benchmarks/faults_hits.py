@@ -16,7 +16,7 @@ from common.checkpoint import checkpoint_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds in which processes have to end by themselves
-PEER_TIMEOUT = 20  # seconds of silence after which a process is given up
+PEER_TIMEOUT = 30  # seconds of silence after which a process is given up
 # Runs a module whose wall clock jumps once, at a random moment, by up to a
 # year, forward or back.
 JUMPING_CLOCK = """
