@@ -4,6 +4,7 @@
     checkpoints/<step>/state     step, optimizer state, extra
     checkpoints/<step>/data      the data position, JSON
     checkpoints/<step>/host      what hooks keep on the host, JSON
+    checkpoints/<step>/checksums.json    hashes of all these files
 
 A step's folder gets its name by one rename, after everything is written: a
 process killed at any instant leaves a `*.orbax-checkpoint-tmp` folder, which
@@ -22,11 +23,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from common import files
+from common import checksums, files
 from common.errors import RunError, UserError
 from common.state import TrainState
 
 PyTree = Any
+_STEP_METADATA = "_CHECKPOINT_METADATA"  # gets the time after all else
 _SHARED_BYTES = 2**20  # of an array and replica, from which all of them write
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class Checkpointer:
       raise UserError(f"checkpoint best_mode={best_mode!r}: use min or max")
     self.directory = _absolute(directory)
     self._best = best
+    self._saving: int | None = None
     self._before_save = before_save
     kept: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
     ranked = None
@@ -93,6 +96,9 @@ class Checkpointer:
         best_fn=ranked,  # makes Orbax write the metrics down
         best_mode=best_mode,
         cleanup_tmp_directories=True,
+        async_options=ocp.options.AsyncOptions(
+          post_finalization_callback=self._write_checksums
+        ),
       ),
     )
 
@@ -146,7 +152,25 @@ class Checkpointer:
     if self._best is not None and metrics and self._best in metrics:
       ranked = {self._best: float(metrics[self._best])}
     with self._readable_errors():
+      self._manager.wait_until_finished()
+      self._saving = step
       self._manager.save(step, args=items, metrics=ranked)
+
+  def _write_checksums(self) -> None:
+    """Called when all files of a step are written and have no name yet, so that
+    no checkpoint is without.
+    """
+    if jax.process_index() != 0:
+      return
+    folder = epath.Path(self.directory)
+    named = [
+      path
+      for path in folder.iterdir()
+      if path.name.partition(".")[0] == str(self._saving)
+    ]
+    # On object stores a folder has its name from the beginning.
+    (own,) = [path for path in named if path.name != str(self._saving)] or named
+    checksums.write(own, but=(_STEP_METADATA,))
 
   def restore(
     self,
@@ -176,6 +200,7 @@ class Checkpointer:
     for step in reversed(self.steps):
       read, error = None, None
       try:
+        self._check(step)
         read = self._read(step, abstract_state)
       except Exception as reason:  # whatever a broken file makes a reader raise
         error = reason
@@ -205,6 +230,23 @@ class Checkpointer:
         f"step {step}: {_first_line(error)}"
       )
     return None
+
+  def _check(self, step: int) -> None:
+    """Raises where a file of a step is damaged; the processes share the work.
+
+    Before anything is read together: where one process fails in the middle of
+    that, the others wait for it.
+    """
+    error = None
+    try:
+      checksums.check(
+        epath.Path(self.directory) / str(step),
+        part=(jax.process_index(), jax.process_count()),
+      )
+    except Exception as reason:
+      error = reason
+    if not _everywhere(error is None):
+      raise error or ValueError("another process has found damage")
 
   def _read(self, step: int, abstract: TrainState):
     rest = {
@@ -411,10 +453,10 @@ def load_params(
     raise UserError(f"no checkpoint {step} in {path}: there are {steps[::-1]}")
   reasons = []
   for candidate in steps if step is None else [step]:
+    folder = epath.Path(path) / str(candidate)
     try:
-      return candidate, _read_params(
-        epath.Path(path) / str(candidate) / item, abstract_params
-      )
+      checksums.check(folder, below=f"{item}/")
+      return candidate, _read_params(folder / item, abstract_params)
     except Exception as error:  # whatever a broken file makes a reader raise
       reasons.append(f"step {candidate}: {_first_line(error)}")
       log.warning("cannot read the %s of %s", item, reasons[-1])

@@ -11,6 +11,7 @@ from importlib import metadata
 from typing import IO, Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from common import config as config_lib
@@ -25,6 +26,7 @@ from common.report import FILE_NAME as REPORT
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
+SEEN_SECONDS = 60.0  # in which a network's folder shows what others write
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -67,6 +69,7 @@ class Workdir:
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
     self._lock = _lock(self.path) if is_writer else None
+    check_shared(self.path)
     facts = _with_versions(facts or {})
     check_same(
       repr((_fixed(config, free), [facts[name] for name in pinned])).encode(),
@@ -215,6 +218,39 @@ def _fixed(config: Any, free: tuple[str, ...]) -> list[tuple[str, Any]]:
     for key, value in config_lib.flatten(config).items()
     if not config_lib.is_free(key, free)
   )
+
+
+def check_shared(path: epath.Path) -> None:
+  """Refuses a folder that processes of a run do not share.
+
+  Each writes its part of the arrays. Folders of the same name on several
+  machines would hold a part of them each, and no checkpoint.
+
+  Raises:
+    UserError: on every process.
+  """
+  if jax.process_count() == 1:
+    return
+  from jax.experimental import multihost_utils
+
+  number = np.frombuffer(os.urandom(8), np.uint32)
+  token = multihost_utils.broadcast_one_to_all(number).tobytes().hex()
+  file = path / f".shared-{token}"
+  if jax.process_index() == 0:
+    file.write_text("")
+  end = time.monotonic() + SEEN_SECONDS
+  while not (seen := file.exists()) and time.monotonic() < end:
+    time.sleep(0.1)
+  found = multihost_utils.process_allgather(np.array(seen))
+  if jax.process_index() == 0:
+    file.unlink()
+  if not np.all(found):
+    blind = ", ".join(str(i) for i in np.flatnonzero(~found))
+    raise UserError(
+      f"--workdir {os.fspath(path)!r} is not one folder for all: processes "
+      f"{blind} do not see what process 0 writes there; choose one that all "
+      "hosts share"
+    )
 
 
 def _lock(path: epath.Path) -> IO[bytes] | None:

@@ -113,17 +113,25 @@ def test_nothing_to_restore_is_none(tmp_path, mesh):
   assert found is None
 
 
+@pytest.mark.parametrize("harm", ["cut", "bit"])
 @pytest.mark.parametrize("item", ["params", "state", "data", "host"])
 def test_a_broken_checkpoint_falls_back_and_says_so(
-  tmp_path, mesh, item, caplog
+  tmp_path, mesh, item, harm, caplog
 ):
   checkpointer = Checkpointer(tmp_path / "c")
   for step in (1, 2):
     checkpointer.save(step, make_state(step, mesh), Box({"step": step}))
   checkpointer.close()
-  for file in (tmp_path / "c" / "2" / item).rglob("*"):
-    if file.is_file():
-      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+  files = [f for f in (tmp_path / "c/2" / item).rglob("*") if f.is_file()]
+  file = max(files, key=lambda file: file.stat().st_size)
+  data = bytearray(file.read_bytes())
+  if harm == "bit":
+    data[len(data) // 2] ^= 1
+  else:
+    del data[len(data) // 2 :]
+  file.write_bytes(data)
+  if item == "params":
+    assert load_params(tmp_path / "c")[0] == 1
   checkpointer = Checkpointer(tmp_path / "c")
   data = Box()
   state = checkpointer.restore(abstract(make_state(0, mesh), mesh), data)

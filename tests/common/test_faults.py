@@ -1,8 +1,8 @@
 """Two processes that train, what hits them, and how they go on.
 
-The model is one number, `w <- w - 0.1 (w - batch)`, so every batch that is lost
-or repeated is seen in it. `benchmarks/faults.py` does the same at random to the
-real projects.
+The model is a number on each of four devices, `w <- w - 0.1 (w - batch)`, so
+every batch that is lost or repeated is seen in it. `benchmarks/faults.py` does
+the same at random to the real projects.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,8 +47,10 @@ def main(config, workdir):
   from common.rngs import RngStreams
   from common.state import TrainState
   from common.step import make_train_step
+  from common import workdir as workdir_lib
   from common.train import train
   from common.workdir import Workdir
+  workdir_lib.SEEN_SECONDS = 1.0
 
   mesh = make_mesh()
 
@@ -74,12 +77,12 @@ def main(config, workdir):
       self.step = state["step"]
 
   def loss_fn(params, batch, rngs):
-    losses = jnp.square(params["w"][None] - batch) / 2
+    losses = jnp.sum(jnp.square(params["w"][None] - batch) / 2, axis=1)
     return jnp.mean(losses), {"loss": Mean.of(losses)}
 
   tx = optax.sgd(0.1)
-  make = lambda key: TrainState.create({"w": jnp.zeros(1)}, tx)
-  rules = ((r"(^|/)w$", jax.P()),)
+  make = lambda key: TrainState.create({"w": jnp.zeros(4)}, tx)
+  rules = ((r"(^|/)w$", jax.P("data")),)
   key, data = jax.random.key(0), Numbers()
   with contextlib.ExitStack() as stack:
     folder = stack.enter_context(Workdir(
@@ -113,7 +116,10 @@ class Toy:
   def folder(self) -> pathlib.Path:
     return self.base / "run"
 
-  def start(self, *flags: str, processes: int = 2) -> list[subprocess.Popen]:
+  def start(
+    self, *flags: str, processes: int = 2, more: tuple[str, ...] = ("", "")
+  ) -> list[subprocess.Popen]:
+    """`more` is a flag of each process's own."""
     with socket.socket() as probe:
       probe.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -124,6 +130,7 @@ class Toy:
           sys.executable, "-P", "toy.py", "--config=toy_config.py",
           f"--workdir={self.folder}", *flags,
           *([*joined, f"--process_id={i}"] if processes > 1 else []),
+          *filter(None, [more[i]]),
         ],
         cwd=self.base,
         env=os.environ | {
@@ -167,12 +174,12 @@ class Toy:
     assert [line["step"] for line in found] == list(range(1, steps + 1))
     w = np.zeros((), np.float32)
     for step in range(1, steps + 1):
-      loss = (w - 10 * step) ** 2 / 2
+      loss = 4 * (w - 10 * step) ** 2 / 2
       np.testing.assert_allclose(found[step - 1]["train/loss"], loss, rtol=1e-5)
       w = w - np.float32(0.1) * (w - 10 * step)
     last, params = load_params(self.folder / "checkpoints")
     assert last == steps
-    np.testing.assert_allclose(params["w"], [w], rtol=1e-5)
+    np.testing.assert_allclose(params["w"], [w] * 4, rtol=1e-5)
 
 
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
@@ -185,11 +192,23 @@ def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
   return [process.returncode for process in processes], "".join(said)
 
 
+def make_toy(base: pathlib.Path) -> Toy:
+  (base / "toy.py").write_text(MAIN)
+  (base / "toy_config.py").write_text(CONFIG)
+  return Toy(base)
+
+
 @pytest.fixture
 def toy(tmp_path):
-  (tmp_path / "toy.py").write_text(MAIN)
-  (tmp_path / "toy_config.py").write_text(CONFIG)
-  return Toy(tmp_path)
+  return make_toy(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that has saved steps 4 and 8."""
+  made = make_toy(tmp_path_factory.mktemp("finished"))
+  assert made.ends("--config.num_steps=8")[0] == [0, 0]
+  return made
 
 
 def test_sigterm_to_one_saves_the_same_step_everywhere(toy):
@@ -218,15 +237,24 @@ def test_kill_9_of_one_takes_the_others_along_and_loses_nothing(toy, victim):
   toy.assert_straight(12)
 
 
-def test_all_go_back_together_from_a_checkpoint_that_is_broken(toy):
-  assert toy.ends("--config.num_steps=8")[0] == [0, 0]
-  newest = toy.folder / "checkpoints" / "8"
-  whole = [path for path in newest.rglob("*") if path.is_file()]
-  largest = max(whole, key=lambda path: path.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[:10])
+@pytest.mark.parametrize("harm", ["cut", "bit", "gone"])
+def test_all_go_back_together_from_a_broken_checkpoint(toy, finished, harm):
+  shutil.copytree(finished.folder, toy.folder)
+  # What process 1 alone has written, and reads: its half of `w`.
+  own = toy.folder / "checkpoints/8/params/ocdbt.process_1/d"
+  file = max(own.iterdir(), key=lambda path: path.stat().st_size)
+  data = bytearray(file.read_bytes())
+  if harm == "gone":
+    file.unlink()
+  elif harm == "cut":
+    file.write_bytes(data[: len(data) // 2])
+  else:
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
   statuses, said = toy.ends()
   assert statuses == [0, 0]
   assert said.count("checkpoint 8 cannot be read") == 2
+  assert file.name in said
   toy.assert_straight(12)
 
 
@@ -237,3 +265,10 @@ def test_a_loss_that_is_not_finite_ends_all_and_is_never_saved(toy):
   assert checkpoint_steps(toy.folder / "checkpoints") == [4]
   assert toy.ends(processes=1)[0] == [0]
   toy.assert_straight(12)
+
+
+def test_folders_that_are_not_shared_are_refused(toy):
+  more = tuple(f"--workdir={toy.base}/host{i}" for i in range(2))
+  statuses, said = finish(toy.start("--config.seed=0", more=more))
+  assert statuses == [2, 2]
+  assert said.count("is not one folder for all: processes 1 do not see") == 2
