@@ -1,8 +1,8 @@
-"""Two processes that train, what hits them, and how they go on.
+"""Processes that train, what hits them, and how they go on.
 
-The model is a number on each of four devices, `w <- w - 0.1 (w - batch)`, so
-every batch that is lost or repeated is seen in it. `benchmarks/faults.py` does
-the same at random to the real projects.
+The model is twelve numbers that devices share, `w <- w - 0.1 (w - batch)`:
+every batch that is lost or repeated shows in them. `benchmarks/faults.py`
+does the same at random to the real projects.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def main(config, workdir):
   mesh = make_mesh()
 
   class Numbers:
-    # Batches of 4 rows, 10 times their number, dealt out to the processes.
+    # Batches of 12 rows, 10 times their number, dealt out to the processes.
     step = 0
 
     def __iter__(self):
@@ -65,7 +65,7 @@ def main(config, workdir):
       self.step += 1
       if self.step > config.slow_from:
         time.sleep(0.2)
-      rows = np.full((4 // jax.process_count(), 1), 10 * self.step, np.float32)
+      rows = np.full((12 // jax.process_count(), 1), 10 * self.step, np.float32)
       if self.step == config.nan_at and jax.process_index() == 1:
         rows[0] = np.nan
       return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
@@ -81,7 +81,7 @@ def main(config, workdir):
     return jnp.mean(losses), {"loss": Mean.of(losses)}
 
   tx = optax.sgd(0.1)
-  make = lambda key: TrainState.create({"w": jnp.zeros(4)}, tx)
+  make = lambda key: TrainState.create({"w": jnp.zeros(12)}, tx)
   rules = ((r"(^|/)w$", jax.P("data")),)
   key, data = jax.random.key(0), Numbers()
   with contextlib.ExitStack() as stack:
@@ -89,7 +89,7 @@ def main(config, workdir):
       workdir, config, free=("num_steps", "nan_at", "slow_from"), keep=3))
     bar = stack.enter_context(ProgressBar(config.num_steps))
     guard = hooks.StopOnNonFinite()
-    host = {"log": hooks.LogHook(1, folder.writer, bar, examples_per_step=4)}
+    host = {"log": hooks.LogHook(1, folder.writer, bar, examples_per_step=12)}
     save = hooks.CheckpointHook(
       4, folder.checkpointer, host=host, guard=guard)
     preemption = stack.enter_context(hooks.PreemptionHook(save))
@@ -117,7 +117,7 @@ class Toy:
     return self.base / "run"
 
   def start(
-    self, *flags: str, processes: int = 2, more: tuple[str, ...] = ("", "")
+    self, *flags: str, processes: int = 2, more: tuple[str, ...] = ("",) * 4
   ) -> list[subprocess.Popen]:
     """`more` is a flag of each process's own."""
     with socket.socket() as probe:
@@ -136,7 +136,7 @@ class Toy:
         env=os.environ | {
           "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
           "JAX_PLATFORMS": "cpu",
-          "JAX_NUM_CPU_DEVICES": str(4 // processes),
+          "JAX_NUM_CPU_DEVICES": str(max(4 // processes, 1)),
         },
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -174,12 +174,12 @@ class Toy:
     assert [line["step"] for line in found] == list(range(1, steps + 1))
     w = np.zeros((), np.float32)
     for step in range(1, steps + 1):
-      loss = 4 * (w - 10 * step) ** 2 / 2
+      loss = 12 * (w - 10 * step) ** 2 / 2
       np.testing.assert_allclose(found[step - 1]["train/loss"], loss, rtol=1e-5)
       w = w - np.float32(0.1) * (w - 10 * step)
     last, params = load_params(self.folder / "checkpoints")
     assert last == steps
-    np.testing.assert_allclose(params["w"], [w] * 4, rtol=1e-5)
+    np.testing.assert_allclose(params["w"], [w] * 12, rtol=1e-5)
 
 
 def finish(processes: list[subprocess.Popen]) -> tuple[list[int], str]:
@@ -224,6 +224,13 @@ def test_sigterm_to_one_saves_the_same_step_everywhere(toy):
   steps = int(saved[0]) + 2
   assert toy.ends(f"--config.num_steps={steps}", processes=1)[0] == [0]
   toy.assert_straight(steps)
+
+
+def test_four_processes_then_three_then_one_are_one_run(toy):
+  assert toy.ends("--config.num_steps=6", processes=4)[0] == [0] * 4
+  assert toy.ends("--config.num_steps=9", processes=3)[0] == [0] * 3
+  assert toy.ends(processes=1)[0] == [0]
+  toy.assert_straight(12)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
