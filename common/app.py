@@ -269,7 +269,8 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
   A SLURM batch script that runs outside of `srun` has no step, and is alone.
 
   Raises:
-    UserError: under Open MPI 5, where nobody has said where process 0 is.
+    UserError: under Open MPI 5, where nobody has said where process 0 is, or
+      which of the processes this one is.
   """
 
   def count(name: str) -> int:
@@ -284,12 +285,24 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
         "Open MPI does not say where process 0 is: add `-x "
         "JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"
       )
+    ranks = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+    for name in ranks:
+      if not env.get(name, "").isdecimal():
+        raise UserError(
+          f"OMPI_COMM_WORLD_SIZE={mpi} without a number in {name}: mpirun sets "
+          "both; unset the first where it did not, or give --no-distributed"
+        )
+    rank, local_rank = (int(env[name]) for name in ranks)
+    address = env["JAX_COORDINATOR_ADDRESS"]
     return {
-      "coordinator_address": env["JAX_COORDINATOR_ADDRESS"],
+      "coordinator_address": address,
       "num_processes": mpi,
-      "process_id": int(env["OMPI_COMM_WORLD_RANK"]),
-      "local_device_ids": [int(env["OMPI_COMM_WORLD_LOCAL_RANK"])],
+      "process_id": rank,
+      "local_device_ids": [local_rank],
       "cluster_detection_method": "deactivate",
+      "coordinator_bind_address": bind_address(
+        address, rank, name="JAX_COORDINATOR_ADDRESS"
+      ),
     }
   several = (
     mpi > 1

@@ -87,6 +87,32 @@ def test_others_are_found_by_jax_or_the_run_fails(place):
   assert all("--distributed" in command for command in place.commands(1))
 
 
+def test_slurm_process_0_listens_on_the_address_the_others_are_given(place):
+  address, bind = "JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS"
+  assert place.slurm() == 0
+  there = [f"{address}=node1:61447", f"{bind}=node1:61447"]
+  assert place.log("variables.0") == place.log("variables.2") == there
+  assert place.slurm(**{address: "ib1:9", bind: "[::]:9"}) == 0
+  assert place.log("variables.0") == [f"{address}=ib1:9", f"{bind}=[::]:9"]
+
+
+def test_slurm_where_a_node_is_its_own_loopback(place):
+  """There the others would not reach it: jax is left to listen on all."""
+  assert place.slurm(ADDRESS="127.0.1.1") == 0
+  assert place.log("variables.0") == ["JAX_COORDINATOR_ADDRESS=node1:61447"]
+  assert "node1 is a loopback address on node1" in place.output
+  assert place.slurm(ADDRESS="127.0.1.1", SLURM_JOB_NUM_NODES="1") == 0
+  assert len(place.log("variables.0")) == 2
+
+
+def test_jax_would_take_the_same_port(monkeypatch):
+  from jax._src.clusters.slurm_cluster import SlurmCluster
+
+  monkeypatch.setenv("SLURM_JOB_ID", "7")
+  monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+  assert SlurmCluster.get_coordinator_address(None, None) == "node1:61447"
+
+
 def test_one_node_is_one_process(place, capsys):
   assert place.slurm("slurm.sh", 1) == 0
   (command,) = place.commands()
