@@ -23,7 +23,7 @@ from common import config as config_lib
 from common import flags
 from common.addresses import bind_address
 from common.ending import call, leave, preemptible
-from common.errors import Preempted, UserError
+from common.errors import Preempted, RunError, UserError
 from common.logs import logging_to, one_line
 from common.places import taken_when_used
 
@@ -351,18 +351,29 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
-  """Sets up the compilation cache and joins the run's other processes."""
+  """Sets up the compilation cache and joins the run's other processes.
+
+  Raises:
+    RunError: nothing is here of what JAX_PLATFORMS names.
+  """
   import jax
 
   # Libraries that read absl flags refuse to while these are unparsed.
   if not absl_flags.FLAGS.is_parsed():
     absl_flags.FLAGS.mark_as_parsed()
   platforms = os.environ.get("JAX_PLATFORMS", "")
-  if platforms and "cpu" not in platforms.split(","):
+  accelerated = platforms and "cpu" not in platforms.split(",")
+  if accelerated:
     # What has to be the same bits everywhere is computed on the host.
     jax.config.update("jax_platforms", f"{platforms},cpu")
   _use_cache(config)
   _join(args)
+  # Without a GPU's device file jax passes over `cuda`, and says nothing.
+  if accelerated and jax.default_backend() == "cpu":
+    raise RunError(
+      f"JAX_PLATFORMS={platforms}, and there is no such device: look for the "
+      "driver and the extra, or name cpu"
+    )
 
 
 def _use_cache(config: ConfigDict) -> None:

@@ -226,6 +226,26 @@ def test_processes_that_nobody_names_are_refused(run, monkeypatch):
   assert "--coordinator, --num_processes and --process_id" in error
 
 
+@pytest.mark.parametrize(
+  ("asked", "there", "status"),
+  [("cuda", "cpu", 1), ("cuda", "gpu", 0), ("cuda,cpu", "cpu", 0)],
+)
+def test_a_platform_that_is_asked_for_and_not_there(
+  run, monkeypatch, asked, there, status
+):
+  """jax leaves `cuda` out where there is no GPU, and would go on with cpu."""
+  before = jax.config.jax_platforms
+  monkeypatch.setenv("JAX_PLATFORMS", asked)
+  monkeypatch.setattr(jax, "default_backend", lambda: there)
+  try:
+    found, error = run()
+  finally:
+    jax.config.update("jax_platforms", before)
+  assert found == status
+  line = f"error: JAX_PLATFORMS={asked}, and there is no such device"
+  assert (error.count("\n") == 1 and error.startswith(line)) == bool(status)
+
+
 def start(folder, *arguments, **variables):
   (folder / "toy_main.py").write_text(MAIN)
   root = os.path.dirname(os.path.dirname(app.__file__))

@@ -128,7 +128,9 @@ def test_xpk(place, capsys):
   words = shlex.split(line)
   assert words[:2] == ["workload", "create"]
   given = dict(word.split("=", 1) for word in words[2:])
-  python, *argv = shlex.split(given["--command"].removeprefix("exec "))
+  start = "exec env JAX_PLATFORMS=tpu "
+  assert given["--command"].startswith(start)
+  python, *argv = shlex.split(given["--command"].removeprefix(start))
   assert python == "python"
   assert flags[0] in argv
   argv.remove(flags[0])  # it was there for its blanks
@@ -171,6 +173,31 @@ def test_jobsets(file, jobset, capsys):
     assert f"--num_processes={settings['parallelism']}" in argv
   else:
     assert "--distributed" in argv
+
+
+@pytest.mark.parametrize(
+  ("file", "platform", "resource"),
+  [
+    ("gke_gpu.yaml", "cuda", "nvidia.com/gpu"),
+    ("gke_tpu.yaml", "tpu", "google.com/tpu"),
+  ],
+)
+def test_no_cpu_stands_in_for_what_a_jobset_asks_for(
+  jobset, file, platform, resource
+):
+  _, _, container = jobset(LAUNCH / file)
+  (found,) = [e for e in container["env"] if e["name"] == "JAX_PLATFORMS"]
+  assert found["value"] == platform  # `common.app` refuses to do without
+  assert list(container["resources"]["limits"]) == [resource]
+
+
+def test_the_image_finds_the_driver_that_kubernetes_mounts():
+  text = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ")
+  (variables,) = re.findall(r"^ENV (.*)", text, re.M)
+  assert dict(word.split("=") for word in variables.split()) == {
+    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64",
+    "NVIDIA_DRIVER_CAPABILITIES": "compute,utility",
+  }
 
 
 def test_what_is_installed_are_extras_of_ours():
