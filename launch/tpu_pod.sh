@@ -75,7 +75,8 @@ install() {
     python3 -m pip install --quiet --user uv
     uv=$HOME/.local/bin/uv
     [ -d .venv ] || $uv venv --quiet --python 3.12
-    $uv pip install --quiet -c constraints.txt -e ".[tpu,gcs]"' || return
+    $uv pip install --quiet -c constraints.txt \
+      -e ".[tpu,gcs,tokenizers,translation,photographs,weights]"' || return
   if [[ -n $DATA ]]; then
     on_workers "set -eo pipefail
       [ ! -e /data/.complete ] || exit 0

@@ -5,12 +5,14 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import pytest
 
-from common import app
+from common import app, flags
 from common.config import from_json
+from common.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -200,15 +202,82 @@ def test_the_image_finds_the_driver_that_kubernetes_mounts():
   }
 
 
+TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = TOML["project"]["optional-dependencies"]
+
+
+def installed(file):
+  """The extras that a file installs, the device's left out."""
+  text = (LAUNCH / file).read_text()
+  (names,) = re.findall(r"(?:EXTRAS=|\.\[tpu,)([a-z,]+)", text)
+  return names.split(",")
+
+
 def test_what_is_installed_are_extras_of_ours():
-  text = (ROOT / "pyproject.toml").read_text()
-  extras = tomllib.loads(text)["project"]["optional-dependencies"]
-  named = set()
-  for file in (LAUNCH / "Dockerfile", LAUNCH / "tpu_pod.sh"):
-    for match in re.findall(r"(?:EXTRAS=|\.\[)([a-z,]+)", file.read_text()):
-      named |= set(match.split(","))
-  assert named == {"tpu", "gpu", "gcs"}
-  assert named <= set(extras)
+  assert installed("tpu_pod.sh") == installed("Dockerfile")
+  assert set(installed("Dockerfile")) <= set(EXTRAS)
+  text = (LAUNCH / "Dockerfile").read_text()
+  assert '-e ".[$DEVICE,$EXTRAS]"' in text
+  devices = set(re.findall(r"\bDEVICE=(\w+)", text))
+  assert devices == {"tpu", "gpu"} <= set(EXTRAS)
+
+
+def train_birdie(config, file):
+  from common.data.tokenizers import make_tokenizer
+
+  config.tokenizer.path = str(file)
+  make_tokenizer(config.tokenizer)
+
+
+def train_thor(config, file):
+  from thor.vocabulary import Vocabulary
+
+  Vocabulary(file.read_bytes())
+
+
+def score_thor(config, file):
+  from thor.scores import bleu
+
+  bleu(["a"], ["a"])
+
+
+def read_photographs(config, file):
+  from slimsam.sources import make_source
+
+  make_source(config.data.source, "train")
+
+
+def read_teacher(config, file):
+  from common.weights import read_weights
+
+  read_weights(str(file))
+
+
+@pytest.mark.parametrize(
+  ("config", "first", "extra"),
+  [
+    ("birdie.py:paper", train_birdie, "tokenizers"),
+    ("thor.py:paper", train_thor, "translation"),
+    ("thor.py:paper", score_thor, "translation"),
+    ("slimsam.py", read_photographs, "photographs"),
+    ("slimsam.py:paper", read_teacher, "weights"),
+  ],
+)
+def test_trainings_ask_for_no_extra_that_is_not_installed(
+  tmp_path, monkeypatch, config, first, extra
+):
+  """What a machine says where only the extra is missing."""
+  for requirement in EXTRAS[extra]:
+    name = re.split("[>=]", requirement)[0].lower()
+    module = {"scikit-image": "skimage", "scikit-learn": "sklearn"}
+    monkeypatch.setitem(sys.modules, module.get(name, name), None)
+  config, _ = flags.load_config_file(f"configs/{config}")
+  (tmp_path / "a.safetensors").touch()
+  with pytest.raises(UserError) as error:
+    first(config, tmp_path / "a.safetensors")
+  (named,) = re.findall(r"pip install -e '\.\[(\w+)\]'", str(error.value))
+  assert named == extra
+  assert named in installed("Dockerfile")
 
 
 def readme_commands():
