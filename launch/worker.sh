@@ -10,13 +10,30 @@ set -euo pipefail
 
 name=$1
 shift
-pid_file=${TMPDIR:-/tmp}/$name.pid
+# What is written here is killed, so nobody else may write. A home may be that of
+# several hosts.
+folder=$HOME/.cache/tetrad/workers
+pid_file=$folder/$HOSTNAME-$name.pid
+mkdir -p "$folder"
+if [[ -L $folder || ! -O $folder ]]; then
+  echo "error: $folder is a link, or not yours: remove it" >&2
+  exit 2
+fi
+chmod 700 "$folder"
+
+# began PID: when a process has begun, in the kernel's ticks.
+began() {
+  local stat
+  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  read -ra stat <<<"${stat##*) }" # its name comes before, and may have blanks
+  echo "${stat[19]}"
+}
 
 # The process of that name, if it is there: numbers of processes come again.
 running() {
-  local pid
-  pid=$(cat "$pid_file" 2>/dev/null) || return 1
-  grep -qs '\.main' "/proc/$pid/cmdline" && echo "$pid"
+  local pid since
+  read -r pid since 2>/dev/null <"$pid_file" || return 1
+  [[ $(began "$pid") == "$since" ]] && echo "$pid"
 }
 
 if [[ $1 == --signal ]]; then
@@ -35,7 +52,7 @@ done
 
 "$@" &
 pid=$!
-echo "$pid" >"$pid_file"
+echo "$pid $(began "$pid")" >"$pid_file"
 signalled=false
 trap 'signalled=true; kill -s TERM "$pid" 2>/dev/null || true' HUP INT TERM
 while true; do

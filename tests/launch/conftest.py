@@ -100,7 +100,7 @@ case "$*" in
     command=${*: -1}
     for number in 0 1; do
       mkdir -p "$LOGS/worker$number"
-      (cd "$HOME" && WORKER=$number TMPDIR=$LOGS/worker$number \
+      (cd "$HOME" && WORKER=$number HOME=$LOGS/worker$number \
         bash -c "${command#--command=}") &
       workers[number]=$!
     done

@@ -122,7 +122,7 @@ def test_a_stop_after_saving_goes_on(place, launcher):
 def test_ssh_ends_the_processes_that_wait_for_one_that_failed(place):
   assert place.ssh(PLAN_0="hang 0", PLAN_1="1:1 0") == 0
   assert [len(place.commands(number)) for number in (0, 1)] == [2, 2]
-  assert not list(place.folder.glob("*.pid"))
+  assert not list(place.folder.rglob("*.pid"))
 
 
 def test_ssh_starts_again_when_a_host_was_away(place):
@@ -164,6 +164,36 @@ def test_a_worker_ends_what_a_lost_launcher_has_left(place):
   output, _ = left.communicate(timeout=20)
   assert left.returncode == 137
   assert output.endswith("worker run: exit status 137\n")
+
+
+def test_what_a_worker_kills_nobody_else_may_name(place):
+  folder = place.folder / ".cache/tetrad/workers"
+  folder.mkdir(parents=True, mode=0o777)
+  worker = place.start(
+    "worker.sh", "run", "python", "-m", "x.main", PLAN_0="hang"
+  )
+  wait_for(place.logs / "hangs")
+  assert folder.stat().st_mode & 0o777 == 0o700
+  (file,) = folder.iterdir()
+  pid, began = file.read_text().split()
+  # A number that came again is another process's: a command like ours or not.
+  file.write_text(f"{pid} {int(began) - 1}\n")
+  assert place.run("worker.sh", "run", "--signal", "KILL") == 0
+  assert worker.poll() is None
+  file.write_text(f"{pid} {began}\n")
+  assert place.run("worker.sh", "run", "--signal", "KILL") == 0
+  worker.communicate(timeout=20)
+  assert worker.returncode == 137
+  assert not file.exists()
+
+
+def test_a_worker_writes_through_no_link(place):
+  folder = place.folder / ".cache/tetrad/workers"
+  folder.parent.mkdir(parents=True)
+  folder.symlink_to(place.logs)
+  assert place.run("worker.sh", "run", "python", "-m", "x.main") == 2
+  assert place.output == f"error: {folder} is a link, or not yours: remove it\n"
+  assert not place.commands()
 
 
 def test_a_task_that_refuses_counts_before_those_it_ends(place):
