@@ -81,6 +81,15 @@ def test_failures_in_a_row_are_counted(seconds, expected):
   assert shell(decisions("1", seconds)) == expected.split()
 
 
+def test_a_run_that_is_stopped_at_every_start_does_not_spin():
+  waits = 'pause() { echo "$1"; }'  # rather than sleep
+  ends = "again 143 5; again 143 299; again 143 300; again 143 0; again 1 0"
+  # A run of five minutes goes on at once; failures are counted for themselves.
+  assert shell(f"{waits}; {ends}", PAUSE="20") == "20 40 0 20 20".split()
+  many = "for _ in {1..40}; do again 143 0; done"
+  assert shell(f"{waits}; {many}", PAUSE="20")[-1] == "300"
+
+
 @pytest.mark.parametrize(
   ("statuses", "expected"),
   [
