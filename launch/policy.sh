@@ -67,6 +67,7 @@ again() {
 # persist ARGUMENT...: calls `attempt`, which sets `began` and `status`, until one
 # is the last, or the caller's traps have set `stopped`.
 persist() {
+  local began=0
   while true; do
     attempt "$@"
     if [[ -n $stopped && $status == 143 ]]; then

@@ -21,19 +21,22 @@ if [[ -L $folder || ! -O $folder ]]; then
 fi
 chmod 700 "$folder"
 
-# began PID: when a process has begun, in the kernel's ticks.
-began() {
-  local stat
-  stat=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  read -ra stat <<<"${stat##*) }" # its name comes before, and may have blanks
-  echo "${stat[19]}"
+# look PID: sets `began` to when a process has begun, in the kernel's ticks; to
+# nothing, if it is not there or dead.
+look() {
+  local line words
+  began=
+  read -r line 2>/dev/null <"/proc/$1/stat" || return 0
+  read -ra words <<<"${line##*) }" # its name comes before, and may have blanks
+  [[ ${words[0]:-Z} == Z ]] || began=${words[19]}
 }
 
 # The process of that name, if it is there: numbers of processes come again.
 running() {
   local pid since
   read -r pid since 2>/dev/null <"$pid_file" || return 1
-  [[ $(began "$pid") == "$since" ]] && echo "$pid"
+  look "$pid"
+  [[ -n $began && $began == "$since" ]] && echo "$pid"
 }
 
 if [[ $1 == --signal ]]; then
@@ -52,7 +55,8 @@ done
 
 "$@" &
 pid=$!
-echo "$pid $(began "$pid")" >"$pid_file"
+look "$pid"
+echo "$pid $began" >"$pid_file"
 signalled=false
 trap 'signalled=true; kill -s TERM "$pid" 2>/dev/null || true' HUP INT TERM
 while true; do

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 
@@ -85,7 +86,7 @@ def test_a_run_that_is_stopped_at_every_start_does_not_spin():
   waits = 'pause() { echo "$1"; }'  # rather than sleep
   ends = "again 143 5; again 143 299; again 143 300; again 143 0; again 1 0"
   # A run of five minutes goes on at once; failures are counted for themselves.
-  assert shell(f"{waits}; {ends}", PAUSE="20") == "20 40 0 20 20".split()
+  assert shell(f"{waits}; {ends}", PAUSE="20") == ["20", "40", "0", "20", "20"]
   many = "for _ in {1..40}; do again 143 0; done"
   assert shell(f"{waits}; {many}", PAUSE="20")[-1] == "300"
 
@@ -165,10 +166,16 @@ def test_a_launcher_that_is_stopped_has_the_run_save(
   assert len(place.commands()) == 1
 
 
+def pid_file(place):
+  name = f"{socket.gethostname()}-run.pid"
+  return place.folder / ".cache/tetrad/workers" / name
+
+
 def test_a_worker_ends_what_a_lost_launcher_has_left(place):
   module = ["python", "-m", "birdie.main"]
   left = place.start("worker.sh", "run", *module, PLAN_0="hang 0")
   wait_for(place.logs / "hangs")
+  wait_for(pid_file(place))
   assert place.run("worker.sh", "run", *module, PLAN_0="hang 0") == 0
   output, _ = left.communicate(timeout=20)
   assert left.returncode == 137
@@ -176,14 +183,13 @@ def test_a_worker_ends_what_a_lost_launcher_has_left(place):
 
 
 def test_what_a_worker_kills_nobody_else_may_name(place):
-  folder = place.folder / ".cache/tetrad/workers"
-  folder.mkdir(parents=True, mode=0o777)
+  file = pid_file(place)
+  file.parent.mkdir(parents=True, mode=0o777)
   worker = place.start(
     "worker.sh", "run", "python", "-m", "x.main", PLAN_0="hang"
   )
-  wait_for(place.logs / "hangs")
-  assert folder.stat().st_mode & 0o777 == 0o700
-  (file,) = folder.iterdir()
+  wait_for(file)
+  assert file.parent.stat().st_mode & 0o777 == 0o700
   pid, began = file.read_text().split()
   # A number that came again is another process's: a command like ours or not.
   file.write_text(f"{pid} {int(began) - 1}\n")
@@ -197,7 +203,7 @@ def test_what_a_worker_kills_nobody_else_may_name(place):
 
 
 def test_a_worker_writes_through_no_link(place):
-  folder = place.folder / ".cache/tetrad/workers"
+  folder = pid_file(place).parent
   folder.parent.mkdir(parents=True)
   folder.symlink_to(place.logs)
   assert place.run("worker.sh", "run", "python", "-m", "x.main") == 2
