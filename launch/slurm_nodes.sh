@@ -3,7 +3,8 @@
 # them out among the tasks that srun starts.
 #
 #   PROJECT=birdie CONFIG=configs/birdie.py:paper WORKDIR=/shared/runs/paper \
-#     sbatch --nodes=4 launch/slurm_nodes.sh --config.mesh.fsdp=8
+#     sbatch --nodes=4 launch/slurm_nodes.sh --config.mesh.fsdp=8 \
+#     --config.mesh.model=4
 #
 # To be submitted from the repository's folder, which all nodes see, as they see
 # WORKDIR; the job's output goes there too.

@@ -4,7 +4,8 @@
 #
 #   NAME=paper ZONE=us-central1-a ACCELERATOR=v5litepod-16 \
 #     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/tpu_pod.sh --config.mesh.fsdp=16
+#     launch/tpu_pod.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
+#     --config.accum=13
 #
 # What runs is the commit that is checked out. Ctrl-C and SIGTERM have the run
 # save, and end it; the slice stays (and costs) until

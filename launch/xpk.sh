@@ -4,7 +4,8 @@
 #
 #   CLUSTER=mine TPU_TYPE=v5litepod-16 IMAGE=REGION-docker.pkg.dev/…/tetrad \
 #     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/xpk.sh --config.mesh.fsdp=16
+#     launch/xpk.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
+#     --config.accum=13
 #
 # IMAGE comes from Dockerfile; see README.md.
 set -euo pipefail

@@ -11,7 +11,6 @@ import tomllib
 import pytest
 
 from common import app, flags
-from common.config import from_json
 from common.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -163,12 +162,6 @@ def test_jobsets(file, jobset, capsys):
   python, *argv = expanded(container)
   assert python == "python"
   check_command(argv)
-  config = from_json(capsys.readouterr().out)
-  devices = settings["parallelism"] * int(
-    next(iter(container["resources"]["limits"].values()))
-  )
-  assert config.data.batch_size % devices == 0
-  assert devices % config.mesh.fsdp == 0
   if "coordinator" in document["spec"]:
     (job,) = document["spec"]["replicatedJobs"]
     assert document["spec"]["coordinator"]["replicatedJob"] == job["name"]
