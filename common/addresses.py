@@ -19,29 +19,31 @@ BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _PATIENCE_SECONDS, _PAUSE_SECONDS = 60, 1
 
 
-def bind_address(coordinator: str, process_id: int) -> str | None:
+def bind_address(
+  coordinator: str, process_id: int, *, name: str = "--coordinator"
+) -> str | None:
   """What jax is told to listen on; None leaves it to jax.
 
   Args:
     coordinator: HOST:PORT, as every process is given it.
     process_id: of this process; only process 0 listens.
+    name: of the flag or variable that gave the address, for errors.
 
   Raises:
     UserError: for what is no HOST:PORT; in process 0 also for a host that this
       machine is not.
   """
+  given = f"{name}={coordinator}"
   host, _, port = coordinator.rpartition(":")
   host = host.removeprefix("[").removesuffix("]")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(
-      f"--coordinator={coordinator}: give HOST:PORT, such as 10.0.0.1:1234"
-    )
+    raise UserError(f"{given}: give HOST:PORT, such as 10.0.0.1:1234")
   if process_id or BIND in os.environ:
     return None
-  own = [found for found in _resolve(host, coordinator) if _is_own(found)]
+  own = [found for found in _resolve(host, given) if _is_own(found)]
   if not own:
     raise UserError(
-      f"--coordinator={coordinator} is no address of this machine, where "
+      f"{given} is no address of this machine, where "
       "process 0 would listen: name one, or all of them with "
       f"{BIND}='[::]:{port}' in its environment"
     )
@@ -54,8 +56,8 @@ def bind_address(coordinator: str, process_id: int) -> str | None:
   return coordinator
 
 
-def _resolve(host: str, coordinator: str) -> list[str]:
-  """A host's numeric addresses."""
+def _resolve(host: str, given: str) -> list[str]:
+  """A host's numeric addresses; `given` says where its name comes from."""
   end = time.monotonic() + _PATIENCE_SECONDS
   while True:
     try:
@@ -63,9 +65,7 @@ def _resolve(host: str, coordinator: str) -> list[str]:
       return list(dict.fromkeys(str(entry[4][0]) for entry in found))
     except OSError as error:
       if time.monotonic() > end:
-        raise UserError(
-          f"--coordinator={coordinator}: {host} is unknown here: {error}"
-        ) from None
+        raise UserError(f"{given}: {host} is unknown here: {error}") from None
     time.sleep(_PAUSE_SECONDS)
 
 

@@ -23,7 +23,7 @@ from common import config as config_lib
 from common import flags
 from common.addresses import bind_address
 from common.ending import call, leave, preemptible
-from common.errors import Preempted, UserError
+from common.errors import Preempted, RunError, UserError
 from common.logs import logging_to, one_line
 from common.places import taken_when_used
 
@@ -269,7 +269,8 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
   A SLURM batch script that runs outside of `srun` has no step, and is alone.
 
   Raises:
-    UserError: under Open MPI 5, where nobody has said where process 0 is.
+    UserError: under Open MPI 5, where nobody has said where process 0 is, or
+      which of the processes this one is.
   """
 
   def count(name: str) -> int:
@@ -284,12 +285,24 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
         "Open MPI does not say where process 0 is: add `-x "
         "JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"
       )
+    ranks = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
+    for name in ranks:
+      if not env.get(name, "").isdecimal():
+        raise UserError(
+          f"OMPI_COMM_WORLD_SIZE={mpi} without a number in {name}: mpirun sets "
+          "both; unset the first where it did not, or give --no-distributed"
+        )
+    rank, local_rank = (int(env[name]) for name in ranks)
+    address = env["JAX_COORDINATOR_ADDRESS"]
     return {
-      "coordinator_address": env["JAX_COORDINATOR_ADDRESS"],
+      "coordinator_address": address,
       "num_processes": mpi,
-      "process_id": int(env["OMPI_COMM_WORLD_RANK"]),
-      "local_device_ids": [int(env["OMPI_COMM_WORLD_LOCAL_RANK"])],
+      "process_id": rank,
+      "local_device_ids": [local_rank],
       "cluster_detection_method": "deactivate",
+      "coordinator_bind_address": bind_address(
+        address, rank, name="JAX_COORDINATOR_ADDRESS"
+      ),
     }
   several = (
     mpi > 1
@@ -338,18 +351,29 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
-  """Sets up the compilation cache and joins the run's other processes."""
+  """Sets up the compilation cache and joins the run's other processes.
+
+  Raises:
+    RunError: nothing is here of what JAX_PLATFORMS names.
+  """
   import jax
 
   # Libraries that read absl flags refuse to while these are unparsed.
   if not absl_flags.FLAGS.is_parsed():
     absl_flags.FLAGS.mark_as_parsed()
   platforms = os.environ.get("JAX_PLATFORMS", "")
-  if platforms and "cpu" not in platforms.split(","):
+  accelerated = platforms and "cpu" not in platforms.split(",")
+  if accelerated:
     # What has to be the same bits everywhere is computed on the host.
     jax.config.update("jax_platforms", f"{platforms},cpu")
   _use_cache(config)
   _join(args)
+  # Without a GPU's device file jax passes over `cuda`, and says nothing.
+  if accelerated and jax.default_backend() == "cpu":
+    raise RunError(
+      f"JAX_PLATFORMS={platforms}, and there is no such device: look for the "
+      "driver and the extra, or name cpu"
+    )
 
 
 def _use_cache(config: ConfigDict) -> None:

@@ -2,7 +2,8 @@
 #
 #   0       done                          it ends
 #   2, 130  bad configuration, Ctrl-C     it ends: the same would come again
-#   143     stopped after saving          the same command goes on with the run
+#   143     stopped after saving          the same command goes on with the run;
+#                                         stopped soon, after a pause
 #   others  failed, killed, lost a peer   again, RESTARTS times in a row at most
 #
 # shellcheck shell=bash
@@ -10,6 +11,7 @@
 RESTARTS=${RESTARTS:-3}
 PAUSE=${PAUSE:-20}     # seconds before the first of them, twice that before …
 STEADY=${STEADY:-3600} # a run that lasted so many seconds starts a new row
+BRIEF=${BRIEF:-300}    # a run that was stopped sooner has hardly gone on
 
 # cause STATUS...: what the statuses of a run's processes come to. A refused
 # configuration counts before a failure, and that before those it has stopped.
@@ -36,14 +38,17 @@ pause() {
   wait "$!" || true
 }
 
-failures=0
+failures=0 stops=0 # in a row
 
 # again STATUS SECONDS: whether a run that ended so is to be started again.
 again() {
   case $1 in
     0 | 2 | 130) return 1 ;;
     143)
+      # What stops it may do so at every start: no more often than that.
+      stops=$(($2 < BRIEF ? stops + 1 : 0))
       echo "stopped after saving: the run goes on" >&2
+      pause $((PAUSE * (stops < 15 ? stops : 15)))
       return 0
       ;;
   esac
@@ -62,6 +67,7 @@ again() {
 # persist ARGUMENT...: calls `attempt`, which sets `began` and `status`, until one
 # is the last, or the caller's traps have set `stopped`.
 persist() {
+  local began=0
   while true; do
     attempt "$@"
     if [[ -n $stopped && $status == 143 ]]; then

@@ -3,7 +3,8 @@
 # them out among the tasks that srun starts.
 #
 #   PROJECT=birdie CONFIG=configs/birdie.py:paper WORKDIR=/shared/runs/paper \
-#     sbatch --nodes=4 launch/slurm_nodes.sh --config.mesh.fsdp=8
+#     sbatch --nodes=4 launch/slurm_nodes.sh --config.mesh.fsdp=8 \
+#     --config.mesh.model=4
 #
 # To be submitted from the repository's folder, which all nodes see, as they see
 # WORKDIR; the job's output goes there too.
@@ -33,6 +34,21 @@ source launch/policy.sh
 PATH="$PWD/.venv/bin:$PATH"
 trap : TERM # when the job has to go: the step ends, and then this script
 statuses=$PWD/.statuses-$SLURM_JOB_ID
+
+# Process 0 runs here, on the first node, and listens for the others: on the
+# address that they are given, where jax itself would take all of the node's.
+# The port is the one that jax would take.
+: "${JAX_COORDINATOR_ADDRESS:=$SLURMD_NODENAME:$((61440 + SLURM_JOB_ID % 4096))}"
+export JAX_COORDINATOR_ADDRESS
+host=${JAX_COORDINATOR_ADDRESS%:*}
+if getent ahosts "$host" | grep -E '^(127\.|::1 )' >/dev/null &&
+  ((SLURM_JOB_NUM_NODES > 1)); then
+  echo "$host is a loopback address on $SLURMD_NODENAME: process 0 listens on" \
+    "all addresses, unless JAX_COORDINATOR_BIND_ADDRESS names one" >&2
+else
+  : "${JAX_COORDINATOR_BIND_ADDRESS:=$JAX_COORDINATOR_ADDRESS}"
+  export JAX_COORDINATOR_BIND_ADDRESS
+fi
 
 # A task that fails ends the others; srun then returns the highest status, which
 # is that of the others. So each task leaves its own.

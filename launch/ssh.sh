@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Hosts that ssh reaches: a process a host, with all of its devices.
+# Hosts that ssh reaches: a process a host, with all of its devices; here 4 a
+# host.
 #
 #   HOSTS="a b" WORKDIR=/shared/runs/paper PROJECT=birdie \
 #     CONFIG=configs/birdie.py:paper launch/ssh.sh --config.mesh.fsdp=8

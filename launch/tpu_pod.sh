@@ -4,7 +4,8 @@
 #
 #   NAME=paper ZONE=us-central1-a ACCELERATOR=v5litepod-16 \
 #     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/tpu_pod.sh --config.mesh.fsdp=16
+#     launch/tpu_pod.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
+#     --config.accum=13
 #
 # What runs is the commit that is checked out. Ctrl-C and SIGTERM have the run
 # save, and end it; the slice stays (and costs) until
@@ -75,7 +76,8 @@ install() {
     python3 -m pip install --quiet --user uv
     uv=$HOME/.local/bin/uv
     [ -d .venv ] || $uv venv --quiet --python 3.12
-    $uv pip install --quiet -c constraints.txt -e ".[tpu,gcs]"' || return
+    $uv pip install --quiet -c constraints.txt \
+      -e ".[tpu,gcs,tokenizers,translation,photographs,weights]"' || return
   if [[ -n $DATA ]]; then
     on_workers "set -eo pipefail
       [ ! -e /data/.complete ] || exit 0

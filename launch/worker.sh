@@ -10,13 +10,33 @@ set -euo pipefail
 
 name=$1
 shift
-pid_file=${TMPDIR:-/tmp}/$name.pid
+# What is written here is killed, so nobody else may write. A home may be that of
+# several hosts.
+folder=$HOME/.cache/tetrad/workers
+pid_file=$folder/$HOSTNAME-$name.pid
+mkdir -p "$folder"
+if [[ -L $folder || ! -O $folder ]]; then
+  echo "error: $folder is a link, or not yours: remove it" >&2
+  exit 2
+fi
+chmod 700 "$folder"
+
+# look PID: sets `began` to when a process has begun, in the kernel's ticks; to
+# nothing, if it is not there or dead.
+look() {
+  local line words
+  began=
+  read -r line 2>/dev/null <"/proc/$1/stat" || return 0
+  read -ra words <<<"${line##*) }" # its name comes before, and may have blanks
+  [[ ${words[0]:-Z} == Z ]] || began=${words[19]}
+}
 
 # The process of that name, if it is there: numbers of processes come again.
 running() {
-  local pid
-  pid=$(cat "$pid_file" 2>/dev/null) || return 1
-  grep -qs '\.main' "/proc/$pid/cmdline" && echo "$pid"
+  local pid since
+  read -r pid since 2>/dev/null <"$pid_file" || return 1
+  look "$pid"
+  [[ -n $began && $began == "$since" ]] && echo "$pid"
 }
 
 if [[ $1 == --signal ]]; then
@@ -35,7 +55,8 @@ done
 
 "$@" &
 pid=$!
-echo "$pid" >"$pid_file"
+look "$pid"
+echo "$pid $began" >"$pid_file"
 signalled=false
 trap 'signalled=true; kill -s TERM "$pid" 2>/dev/null || true' HUP INT TERM
 while true; do

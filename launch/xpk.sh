@@ -4,7 +4,8 @@
 #
 #   CLUSTER=mine TPU_TYPE=v5litepod-16 IMAGE=REGION-docker.pkg.dev/…/tetrad \
 #     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/xpk.sh --config.mesh.fsdp=16
+#     launch/xpk.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
+#     --config.accum=13
 #
 # IMAGE comes from Dockerfile; see README.md.
 set -euo pipefail
@@ -22,6 +23,7 @@ WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
 RESTARTS=${RESTARTS:-100}
 
 # Of itself xpk starts again after 42 and 127-255: 143, and deaths by a signal.
+# JAX_PLATFORMS: where the TPUs are missing the run fails, no CPU stands in.
 # `exec`, since it passes SIGTERM to what it has started and no further.
 xpk workload create \
   --cluster="$CLUSTER" \
@@ -32,5 +34,5 @@ xpk workload create \
   --max-restarts="$RESTARTS" \
   --restart-on-exit-codes=1 \
   --termination-grace-period-seconds=300 \
-  --command="exec $(printf '%q ' python -m "$PROJECT.main" \
+  --command="exec env JAX_PLATFORMS=tpu $(printf '%q ' python -m "$PROJECT.main" \
     --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@")"

@@ -29,12 +29,28 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
   Raises:
     UserError: for an unknown axis or sizes that do not fit the devices.
   """
+  return jax.make_mesh(
+    mesh_shape(sizes, jax.device_count()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> tuple[int, ...]:
+  """The devices along each of `AXES`; see `make_mesh`.
+
+  Args:
+    sizes: as `make_mesh` takes them.
+    count: of all devices.
+
+  Raises:
+    UserError: as `make_mesh` does.
+  """
   sizes = dict(sizes or {"data": -1})
   unknown = [name for name in sizes if name not in AXES]
   if unknown:
     raise UserError(f"mesh axis {unknown[0]!r} is not one of {AXES}")
   wanted = [int(sizes.get(name, 1)) for name in AXES]
-  count = jax.device_count()
   shown = ", ".join(f"{n}={s}" for n, s in zip(AXES, wanted))
   if any(size == 0 or size < -1 for size in wanted) or wanted.count(-1) > 1:
     raise UserError(
@@ -48,9 +64,7 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       f"mesh {shown} does not fit the {count} devices: the sizes must multiply "
       f"to {count}, or -1 must stand for one axis and the others divide it"
     )
-  return jax.make_mesh(
-    tuple(wanted), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-  )
+  return tuple(wanted)
 
 
 def batch_sharding(mesh: Mesh, *, seq: bool = False) -> NamedSharding:

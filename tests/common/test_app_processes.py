@@ -152,8 +152,38 @@ def test_open_mpi_5_has_to_be_told_where_process_0_is(run, joined, monkeypatch):
       "process_id": 1,
       "local_device_ids": [1],
       "cluster_detection_method": "deactivate",
+      "coordinator_bind_address": None,
     }
   ]
+
+
+def test_under_open_mpi_5_process_0_listens_where_it_was_told_to(
+  run, joined, monkeypatch
+):
+  first = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+  told = {**OPEN_MPI, **first, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}
+  monkeypatch.setattr(os, "environ", told)
+  assert run() == (0, "")
+  assert joined[0]["coordinator_bind_address"] == "127.0.0.1:9"
+  told["JAX_COORDINATOR_ADDRESS"] = "203.0.113.7:9"  # no machine has it
+  status, error = run()
+  assert (status, len(joined)) == (2, 1)
+  assert error.startswith("error: JAX_COORDINATOR_ADDRESS=203.0.113.7:9 is no ")
+
+
+@pytest.mark.parametrize(
+  "name", ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"]
+)
+def test_a_number_of_processes_alone_is_one_line(
+  run, joined, monkeypatch, name
+):
+  told = {**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": "h:9"}
+  del told[name]
+  monkeypatch.setattr(os, "environ", told)
+  assert run("--no-distributed") == (0, "")
+  status, error = run()
+  assert (status, joined, error.count("\n")) == (2, [], 1)
+  assert f"without a number in {name}: " in error
 
 
 def test_a_coordinator_on_the_command_line_is_all_jax_hears(
@@ -194,6 +224,26 @@ def test_processes_that_nobody_names_are_refused(run, monkeypatch):
   assert status == 2
   assert "Number of processes must be defined" in error
   assert "--coordinator, --num_processes and --process_id" in error
+
+
+@pytest.mark.parametrize(
+  ("asked", "there", "status"),
+  [("cuda", "cpu", 1), ("cuda", "gpu", 0), ("cuda,cpu", "cpu", 0)],
+)
+def test_a_platform_that_is_asked_for_and_not_there(
+  run, monkeypatch, asked, there, status
+):
+  """jax leaves `cuda` out where there is no GPU, and would go on with cpu."""
+  before = jax.config.jax_platforms
+  monkeypatch.setenv("JAX_PLATFORMS", asked)
+  monkeypatch.setattr(jax, "default_backend", lambda: there)
+  try:
+    found, error = run()
+  finally:
+    jax.config.update("jax_platforms", before)
+  assert found == status
+  line = f"error: JAX_PLATFORMS={asked}, and there is no such device"
+  assert (error.count("\n") == 1 and error.startswith(line)) == bool(status)
 
 
 def start(folder, *arguments, **variables):

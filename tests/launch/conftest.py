@@ -27,6 +27,7 @@ number=${SLURM_PROCID:-${WORKER:-0}}
 for flag in "$@"; do
   [[ $flag != --process_id=* ]] || number=${flag#*=}
 done
+env | grep ^JAX_ | sort >"$LOGS/variables.$number"
 printf '%q ' "$@" >>"$LOGS/python.$number"
 echo >>"$LOGS/python.$number"
 plan=PLAN_$number
@@ -99,7 +100,7 @@ case "$*" in
     command=${*: -1}
     for number in 0 1; do
       mkdir -p "$LOGS/worker$number"
-      (cd "$HOME" && WORKER=$number TMPDIR=$LOGS/worker$number \
+      (cd "$HOME" && WORKER=$number HOME=$LOGS/worker$number \
         bash -c "${command#--command=}") &
       workers[number]=$!
     done
@@ -114,6 +115,11 @@ esac
 LOGGED = r"""#!/usr/bin/env bash
 printf '%q ' "$@" >>"$LOGS/$(basename "$0")"
 echo >>"$LOGS/$(basename "$0")"
+"""
+
+# What a host's name stands for.
+GETENT = r"""#!/usr/bin/env bash
+echo "${ADDRESS:-10.0.0.1}  STREAM $2"
 """
 
 SQUEUE = r"""#!/usr/bin/env bash
@@ -188,10 +194,12 @@ class Place:
   def slurm(self, file="slurm_nodes.sh", tasks=3, **variables):
     told = {
       "SLURM_JOB_ID": "7",
+      "SLURM_JOB_NUM_NODES": "2",
       "SLURM_SUBMIT_DIR": str(self.folder / "tetrad"),
+      "SLURMD_NODENAME": "node1",
       "TASKS": str(tasks),
     }
-    return self.run(file, "--config.seed=1", **told, **variables)
+    return self.run(file, "--config.seed=1", **told | variables)
 
 
 @pytest.fixture
@@ -205,6 +213,7 @@ def place(tmp_path):
     "srun": SRUN.format(python=sys.executable),
     "gcloud": GCLOUD,
     "squeue": SQUEUE,
+    "getent": GETENT,
     "scontrol": LOGGED,
     "git": LOGGED,
     "xpk": LOGGED,

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 
@@ -81,6 +82,15 @@ def test_failures_in_a_row_are_counted(seconds, expected):
   assert shell(decisions("1", seconds)) == expected.split()
 
 
+def test_a_run_that_is_stopped_at_every_start_does_not_spin():
+  waits = 'pause() { echo "$1"; }'  # rather than sleep
+  ends = "again 143 5; again 143 299; again 143 300; again 143 0; again 1 0"
+  # A run of five minutes goes on at once; failures are counted for themselves.
+  assert shell(f"{waits}; {ends}", PAUSE="20") == ["20", "40", "0", "20", "20"]
+  many = "for _ in {1..40}; do again 143 0; done"
+  assert shell(f"{waits}; {many}", PAUSE="20")[-1] == "300"
+
+
 @pytest.mark.parametrize(
   ("statuses", "expected"),
   [
@@ -122,7 +132,7 @@ def test_a_stop_after_saving_goes_on(place, launcher):
 def test_ssh_ends_the_processes_that_wait_for_one_that_failed(place):
   assert place.ssh(PLAN_0="hang 0", PLAN_1="1:1 0") == 0
   assert [len(place.commands(number)) for number in (0, 1)] == [2, 2]
-  assert not list(place.folder.glob("*.pid"))
+  assert not list(place.folder.rglob("*.pid"))
 
 
 def test_ssh_starts_again_when_a_host_was_away(place):
@@ -156,14 +166,49 @@ def test_a_launcher_that_is_stopped_has_the_run_save(
   assert len(place.commands()) == 1
 
 
+def pid_file(place):
+  name = f"{socket.gethostname()}-run.pid"
+  return place.folder / ".cache/tetrad/workers" / name
+
+
 def test_a_worker_ends_what_a_lost_launcher_has_left(place):
   module = ["python", "-m", "birdie.main"]
   left = place.start("worker.sh", "run", *module, PLAN_0="hang 0")
   wait_for(place.logs / "hangs")
+  wait_for(pid_file(place))
   assert place.run("worker.sh", "run", *module, PLAN_0="hang 0") == 0
   output, _ = left.communicate(timeout=20)
   assert left.returncode == 137
   assert output.endswith("worker run: exit status 137\n")
+
+
+def test_what_a_worker_kills_nobody_else_may_name(place):
+  file = pid_file(place)
+  file.parent.mkdir(parents=True, mode=0o777)
+  worker = place.start(
+    "worker.sh", "run", "python", "-m", "x.main", PLAN_0="hang"
+  )
+  wait_for(file)
+  assert file.parent.stat().st_mode & 0o777 == 0o700
+  pid, began = file.read_text().split()
+  # A number that came again is another process's: a command like ours or not.
+  file.write_text(f"{pid} {int(began) - 1}\n")
+  assert place.run("worker.sh", "run", "--signal", "KILL") == 0
+  assert worker.poll() is None
+  file.write_text(f"{pid} {began}\n")
+  assert place.run("worker.sh", "run", "--signal", "KILL") == 0
+  worker.communicate(timeout=20)
+  assert worker.returncode == 137
+  assert not file.exists()
+
+
+def test_a_worker_writes_through_no_link(place):
+  folder = pid_file(place).parent
+  folder.parent.mkdir(parents=True)
+  folder.symlink_to(place.logs)
+  assert place.run("worker.sh", "run", "python", "-m", "x.main") == 2
+  assert place.output == f"error: {folder} is a link, or not yours: remove it\n"
+  assert not place.commands()
 
 
 def test_a_task_that_refuses_counts_before_those_it_ends(place):

@@ -16,6 +16,7 @@ from common.parallel import (
   replicated,
   startup_report,
 )
+from common.parallel.mesh import mesh_shape
 
 SIZES = [
   (None, (8, 1, 1, 1)),
@@ -35,6 +36,12 @@ def test_a_mesh_has_all_axes_in_order(sizes, shape):
   assert mesh.axis_names == ("data", "fsdp", "model", "seq")
   assert mesh.devices.shape == shape
   assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+def test_how_other_numbers_of_devices_would_be_laid_out():
+  assert mesh_shape({"data": -1, "fsdp": 8, "model": 4}, 64) == (2, 8, 4, 1)
+  with pytest.raises(UserError, match="does not fit the 12 devices"):
+    mesh_shape({"data": -1, "fsdp": 8}, 12)
 
 
 def test_the_local_mesh_has_the_devices_of_this_process():
