@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import UserError
+
 Batch = Mapping[str, np.ndarray]
 
 
@@ -294,7 +296,12 @@ def process_share(sharding: Any) -> tuple[int, int]:
 
   Returns:
     (index, count): share `index` of `count` equal ones. (0, 1) for one
-    process, and for processes that share all rows.
+    process, and for processes that share all rows. On a mesh that follows the
+    links of a TPU slice a share's rows need not lie side by side in the batch:
+    they go where the process's devices are.
+
+  Raises:
+    UserError: for a mesh on which processes share some of their rows.
   """
   import jax
 
@@ -306,10 +313,20 @@ def process_share(sharding: Any) -> tuple[int, int]:
   rows = jax.sharding.NamedSharding(
     sharding.mesh, jax.sharding.PartitionSpec(axes)
   )
-  # One row a part: the parts that this process's devices hold.
-  indices = rows.addressable_devices_indices_map((parts,)).values()
-  held = {index[0].indices(parts)[0] for index in indices if index}
-  return min(held) // len(held), parts // len(held)
+  held: dict[int, set[int]] = {}  # of one row a part, by process
+  for device, index in rows.devices_indices_map((parts,)).items():
+    part = index[0].indices(parts)[0]
+    held.setdefault(device.process_index, set()).add(part)
+  shares = sorted({tuple(sorted(own)) for own in held.values()})
+  if len({len(share) for share in shares}) > 1 or parts != sum(
+    len(share) for share in shares
+  ):
+    raise UserError(
+      f"mesh {dict(sharding.mesh.shape)}: processes share some of their rows "
+      f"along {'+'.join(names)}; choose other sizes of the axes"
+    )
+  mine = tuple(sorted(held[jax.process_index()]))
+  return shares.index(mine), len(shares)
 
 
 def row_shares(sharding: Any, axis: int = 0) -> tuple[int, int, int]:

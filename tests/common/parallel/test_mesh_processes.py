@@ -17,6 +17,24 @@ assert gather_texts([]) == []
 devices = set(local_mesh().devices.flat)
 assert devices == set(jax.local_devices()) and len(devices) == 2
 
+# As TPU slices are meshed: rows of the processes by turns.
+import numpy as np
+from common.data.loader import Placer, process_share
+def rows(*order):
+  devices = np.array([jax.devices()[i] for i in order])
+  mesh = jax.sharding.Mesh(devices.reshape(-1, 1), ("data", "model"))
+  return jax.sharding.NamedSharding(mesh, jax.P("data"))
+me = jax.process_index()
+for order in ((0, 1, 2, 3), (0, 2, 1, 3), (3, 0, 1, 2)):
+  index, count = process_share(rows(*order))
+  assert count == 2
+  own = [place for place, i in enumerate(order) if i // 2 == me]
+  assert index == (0 if 0 in own else 1), order
+  batch = Placer(rows(*order))({"x": 10 * me + np.arange(2)})["x"]
+  found = sorted((s.index[0].start, int(s.data[0])) for s in
+                 batch.addressable_shards)
+  assert found == [(own[0], 10 * me), (own[1], 10 * me + 1)], (order, found)
+
 check_same(b"equal", "letters")
 try:
   check_same(bytes([jax.process_index()]), "letters")
