@@ -25,7 +25,7 @@ from common.addresses import bind_address
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, UserError
 from common.logs import logging_to, one_line
-from common.places import taken_when_used
+from common.places import is_taken, taken_when_used
 
 __all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
 
@@ -101,8 +101,10 @@ def run(
       workdir = make_workdir(place)
       config_lib.check_kind(workdir, config)
       _start_jax(args, config)
+      own = {"common", name, "__main__"}
       with (
-        logging_to(workdir, own={"common", name, "__main__"}),
+        # A run that is at work there keeps its log for itself.
+        logging_to(workdir, own=own, to_file=not is_taken(workdir)),
         preemptible(),
       ):
         main(config, workdir)
