@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
-from common.addresses import bind_address
+from common.addresses import bind_address, meet
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, UserError
 from common.logs import logging_to, one_line
@@ -308,7 +308,8 @@ def _join(args: argparse.Namespace) -> None:
   """Joins the other processes of the run, if there are any.
 
   Raises:
-    UserError: nothing says which these are.
+    UserError: nothing says which these are, or process 0 cannot listen.
+    RunError: process 0 is not there.
   """
   import jax
 
@@ -316,6 +317,8 @@ def _join(args: argparse.Namespace) -> None:
   if args.peer_timeout is not None:
     join = functools.partial(join, heartbeat_timeout_seconds=args.peer_timeout)
   if args.coordinator is not None:
+    bind = bind_address(args.coordinator, args.process_id)
+    meet(args.coordinator, args.process_id, bind)
     # Whoever counts processes gets all devices of a host for each: asked for
     # the rest, jax would take one under SLURM, and warn under Kubernetes.
     join(
@@ -323,12 +326,14 @@ def _join(args: argparse.Namespace) -> None:
       num_processes=args.num_processes,
       process_id=args.process_id,
       cluster_detection_method="deactivate",
-      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
+      coordinator_bind_address=bind,
     )
   elif args.distributed is not False:
     found = _cluster(os.environ)
     if found is None and not args.distributed:
       return
+    if found and "coordinator_address" in found:
+      meet(found["coordinator_address"], found["process_id"])
     try:
       join(**(found or {}))
     except ValueError as error:

@@ -11,7 +11,7 @@ import time
 import jax
 import pytest
 
-from common import app
+from common import addresses, app
 
 CONFIG = """
 from ml_collections import ConfigDict
@@ -100,8 +100,11 @@ OPEN_MPI_4 = {
 
 @pytest.fixture
 def joined(monkeypatch):
-  """The calls of `jax.distributed.initialize`, which does nothing."""
+  """The calls of `jax.distributed.initialize`, which does nothing; whoever is
+  to be met is there.
+  """
   calls = []
+  monkeypatch.setattr(app, "meet", lambda *named: None)
   monkeypatch.setattr(
     jax.distributed, "initialize", lambda **named: calls.append(named)
   )
@@ -194,6 +197,39 @@ def test_processes_that_nobody_names_are_refused(run, monkeypatch):
   assert status == 2
   assert "Number of processes must be defined" in error
   assert "--coordinator, --num_processes and --process_id" in error
+
+
+@pytest.mark.parametrize(
+  ("number", "status", "error"),
+  [
+    (0, 2, "error: port {port} of coordinator {address} is taken here"),
+    (1, 1, "error: coordinator {address} does not answer"),
+  ],
+)
+@pytest.mark.parametrize("told_by", ["flags", "mpirun"])
+def test_who_cannot_be_met_is_one_line(
+  run, joined, monkeypatch, number, status, error, told_by
+):
+  monkeypatch.setattr(app, "meet", addresses.meet)
+  monkeypatch.setattr(addresses, "_TAKEN_SECONDS", -1)
+  monkeypatch.setattr(addresses, "_ABSENT_SECONDS", -1)
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    if number == 1:
+      server.close()
+    arguments, told = [], {}
+    if told_by == "flags":
+      arguments = [f"--coordinator={address}", "--num_processes=2"]
+      arguments.append(f"--process_id={number}")
+    else:
+      told = {**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": address}
+      told["OMPI_COMM_WORLD_RANK"] = str(number)
+    monkeypatch.setattr(os, "environ", told)
+    found, said = run(*arguments)
+  assert (found, joined) == (status, [])
+  assert said.startswith(error.format(port=port, address=address))
+  assert said.count("\n") == 1
 
 
 def start(folder, *arguments, **variables):
