@@ -1,8 +1,8 @@
 """One entry for every project: workdir, logs, devices.
 
 A project's `main.py` hands its function to `run`. A verb with flags of its
-own takes `common.flags.Parser` for them and `call` for the exit status; what
-that means stands in `common.ending`.
+own takes `common.flags.Parser` for them and `run_alone`; what the exit status
+means stands in `common.ending`.
 
 Nothing here imports jax before the flags are known to be right, so `--help`
 and refusals come at once.
@@ -27,7 +27,9 @@ from common.errors import Preempted, UserError
 from common.logs import logging_to, one_line
 from common.places import is_taken, taken_when_used
 
-__all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
+__all__ = [
+  "Preempted", "UserError", "call", "leave", "make_workdir", "run", "run_alone"
+]  # fmt: skip
 
 COMPILE_CACHE = "~/.cache/tetrad/xla"
 
@@ -110,6 +112,37 @@ def run(
         main(config, workdir)
 
   leave(call(start), at_once=is_process)
+
+
+def run_alone(main: Callable[[], Any]) -> NoReturn:
+  """Calls the `main` of a verb that runs as one process, and exits.
+
+  Refused, but for `--help`, where the environment says that this process is one
+  of several: each would do the same work.
+  """
+
+  def start() -> None:
+    name = _says_several(os.environ)
+    if name is not None and not {"-h", "--help"} & set(sys.argv[1:]):
+      raise UserError(
+        f"this program runs as one process, and {name}={os.environ[name]!r} "
+        "speaks of several: start one, or, where each is to work by itself, "
+        f"take that away with `env -u {name}`"
+      )
+    main()
+
+  leave(call(start))
+
+
+def _says_several(env: Mapping[str, str]) -> str | None:
+  """The first variable by which `_cluster` finds several processes."""
+  for name, value in sorted(env.items()):
+    try:
+      if _cluster({name: value}) is not None:
+        return name
+    except UserError:  # there are, but it lacks others to tell where
+      return name
+  return None
 
 
 def _make_parser(

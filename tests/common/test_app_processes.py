@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from common import addresses, app
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -174,6 +176,62 @@ def test_a_coordinator_on_the_command_line_is_all_jax_hears(
       "coordinator_bind_address": None,
     }
   ]
+
+
+@pytest.mark.parametrize(
+  ("environment", "name"),
+  [
+    ({}, None),
+    ({"SLURM_NTASKS": "4"}, None),  # a batch script outside of srun
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+    (SLURM, "SLURM_STEP_NUM_TASKS"),
+    (OPEN_MPI, "OMPI_COMM_WORLD_SIZE"),
+    (OPEN_MPI_4, "OMPI_COMM_WORLD_SIZE"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+  ],
+)
+def test_a_verb_of_one_process_does_not_repeat_its_work(
+  monkeypatch, capsys, environment, name
+):
+  monkeypatch.setattr(os, "environ", dict(environment))
+  calls = []
+
+  def verb(*arguments):
+    monkeypatch.setattr(sys, "argv", ["verb", *arguments])
+    monkeypatch.setattr(app, "leave", lambda status: calls.append(status))
+    app.run_alone(lambda: calls.append("worked"))
+
+  verb()
+  error = capsys.readouterr().err
+  if name is None:
+    assert (calls, error) == (["worked", 0], "")
+    return
+  assert calls == [2]
+  assert error.startswith(
+    f"error: this program runs as one process, and {name}={environment[name]!r}"
+  )
+  assert f"`env -u {name}`" in error
+  verb("--help")
+  assert calls == [2, "worked", 0]
+
+
+VERBS = [
+  file
+  for project in ("birdie", "slimsam", "thor", "udim")
+  for file in sorted((ROOT / project).glob("*.py"))
+  if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize(
+  "file", VERBS, ids=lambda file: f"{file.parent.name}.{file.stem}"
+)
+def test_every_verb_joins_the_others_or_is_alone(file):
+  text = file.read_text()
+  joins = file.stem in ("main", "compare")
+  assert ("app.run(" in text, "app.run_alone(main)" in text) == (
+    joins, not joins
+  )  # fmt: skip
 
 
 @pytest.mark.parametrize("environment", [{}, OPEN_MPI_4])
