@@ -389,4 +389,4 @@ def _curve(axes, label, task, key: str, fact: str, palette) -> None:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -331,4 +331,4 @@ def _program(file: pathlib.Path, facts: dict[str, Any]) -> bytearray:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -322,4 +322,4 @@ def decode_stream(
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

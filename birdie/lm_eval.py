@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -1,15 +1,17 @@
 """Where process 0 of a run listens for the others: on the address it was given.
 
-jax itself would listen on every address of the machine.
+jax itself would listen on every address of the machine, and where it cannot
+listen, or hears nobody, it ends the process with a stack of C++.
 """
 
+import errno
 import ipaddress
 import logging
 import os
 import socket
 import time
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +19,10 @@ log = logging.getLogger(__name__)
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 # A cluster may know the name of a machine some time after the machine starts.
 _PATIENCE_SECONDS, _PAUSE_SECONDS = 60, 1
+# The others may start much earlier than process 0; jax waits as long.
+_ABSENT_SECONDS, _KNOCK_SECONDS = 300, 0.5
+# What an earlier start of the run has left may still be on its way out.
+_TAKEN_SECONDS = 10
 
 
 def bind_address(
@@ -34,10 +40,7 @@ def bind_address(
       machine is not.
   """
   given = f"{name}={coordinator}"
-  host, _, port = coordinator.rpartition(":")
-  host = host.removeprefix("[").removesuffix("]")
-  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UserError(f"{given}: give HOST:PORT, such as 10.0.0.1:1234")
+  host, port = _parts(coordinator, name)
   if process_id or BIND in os.environ:
     return None
   own = [found for found in _resolve(host, given) if _is_own(found)]
@@ -54,6 +57,76 @@ def bind_address(
       own[0], host,
     )  # fmt: skip
   return coordinator
+
+
+def _parts(coordinator: str, name: str = "--coordinator") -> tuple[str, int]:
+  """Host and port; `name` is what the address was given as."""
+  host, _, port = coordinator.rpartition(":")
+  host = host.removeprefix("[").removesuffix("]")
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise UserError(
+      f"{name}={coordinator}: give HOST:PORT, such as 10.0.0.1:1234"
+    )
+  return host, int(port)
+
+
+def meet(coordinator: str, process_id: int, bind: str | None = None) -> None:
+  """Returns when process 0 could listen, and when others reach who listens.
+
+  Args:
+    coordinator: HOST:PORT, as every process is given it.
+    process_id: of this process.
+    bind: what process 0 listens on, if not on what its environment or jax says.
+
+  Raises:
+    UserError: in process 0, for a port that is taken.
+    RunError: in others, where nobody listens for five minutes.
+  """
+  if process_id:
+    _find(coordinator)
+    return
+  _, port = _parts(coordinator)
+  host, port = _parts(bind or os.environ.get(BIND) or f"[::]:{port}")
+  end = time.monotonic() + _TAKEN_SECONDS
+  while _is_taken(host, port):
+    if time.monotonic() > end:
+      raise UserError(
+        f"port {port} of coordinator {coordinator} is taken here, by another "
+        "run or program: choose another one, the same for all processes"
+      )
+    time.sleep(_PAUSE_SECONDS)
+
+
+def _find(coordinator: str) -> None:
+  place, end = _parts(coordinator), time.monotonic() + _ABSENT_SECONDS
+  while True:
+    try:
+      socket.create_connection(place, timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > end:
+        raise RunError(
+          f"coordinator {coordinator} does not answer "
+          f"({error.strerror or error}): has process 0 started, and can this "
+          "machine reach it?"
+        ) from None
+    time.sleep(_KNOCK_SECONDS)
+
+
+def _is_taken(host: str, port: int) -> bool:
+  """Whether somebody listens there already."""
+  try:
+    *kind, _, address = socket.getaddrinfo(
+      host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    with socket.socket(*kind) as probe:
+      # As jax does: connections that have ended do not count.
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      probe.bind(address)
+  except OSError as error:
+    # What else is wrong, such as a machine without IPv6, jax knows to handle.
+    return error.errno == errno.EADDRINUSE
+  return False
 
 
 def _resolve(host: str, given: str) -> list[str]:

@@ -1,8 +1,8 @@
 """One entry for every project: workdir, logs, devices.
 
 A project's `main.py` hands its function to `run`. A verb with flags of its
-own takes `common.flags.Parser` for them and `call` for the exit status; what
-that means stands in `common.ending`.
+own takes `common.flags.Parser` for them and `run_alone`; what the exit status
+means stands in `common.ending`.
 
 Nothing here imports jax before the flags are known to be right, so `--help`
 and refusals come at once.
@@ -21,13 +21,15 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
-from common.addresses import bind_address
+from common.addresses import bind_address, meet
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, RunError, UserError
 from common.logs import logging_to, one_line
-from common.places import taken_when_used
+from common.places import is_taken, taken_when_used
 
-__all__ = ["Preempted", "UserError", "call", "leave", "make_workdir", "run"]
+__all__ = [
+  "Preempted", "UserError", "call", "leave", "make_workdir", "run", "run_alone"
+]  # fmt: skip
 
 COMPILE_CACHE = "~/.cache/tetrad/xla"
 
@@ -101,13 +103,46 @@ def run(
       workdir = make_workdir(place)
       config_lib.check_kind(workdir, config)
       _start_jax(args, config)
+      own = {"common", name, "__main__"}
       with (
-        logging_to(workdir, own={"common", name, "__main__"}),
+        # A run that is at work there keeps its log for itself.
+        logging_to(workdir, own=own, to_file=not is_taken(workdir)),
         preemptible(),
       ):
         main(config, workdir)
 
   leave(call(start), at_once=is_process)
+
+
+def run_alone(main: Callable[[], Any]) -> NoReturn:
+  """Calls the `main` of a verb that runs as one process, and exits.
+
+  Refused, but for `--help`, where the environment says that this process is one
+  of several: each would do the same work.
+  """
+
+  def start() -> None:
+    name = _says_several(os.environ)
+    if name is not None and not {"-h", "--help"} & set(sys.argv[1:]):
+      raise UserError(
+        f"this program runs as one process, and {name}={os.environ[name]!r} "
+        "speaks of several: start one, or, where each is to work by itself, "
+        f"take that away with `env -u {name}`"
+      )
+    main()
+
+  leave(call(start))
+
+
+def _says_several(env: Mapping[str, str]) -> str | None:
+  """The first variable by which `_cluster` finds several processes."""
+  for name, value in sorted(env.items()):
+    try:
+      if _cluster({name: value}) is not None:
+        return name
+    except UserError:  # there are, but it lacks others to tell where
+      return name
+  return None
 
 
 def _make_parser(
@@ -319,7 +354,8 @@ def _join(args: argparse.Namespace) -> None:
   """Joins the other processes of the run, if there are any.
 
   Raises:
-    UserError: nothing says which these are.
+    UserError: nothing says which these are, or process 0 cannot listen.
+    RunError: process 0 is not there.
   """
   import jax
 
@@ -327,6 +363,8 @@ def _join(args: argparse.Namespace) -> None:
   if args.peer_timeout is not None:
     join = functools.partial(join, heartbeat_timeout_seconds=args.peer_timeout)
   if args.coordinator is not None:
+    bind = bind_address(args.coordinator, args.process_id)
+    meet(args.coordinator, args.process_id, bind)
     # Whoever counts processes gets all devices of a host for each: asked for
     # the rest, jax would take one under SLURM, and warn under Kubernetes.
     join(
@@ -334,12 +372,14 @@ def _join(args: argparse.Namespace) -> None:
       num_processes=args.num_processes,
       process_id=args.process_id,
       cluster_detection_method="deactivate",
-      coordinator_bind_address=bind_address(args.coordinator, args.process_id),
+      coordinator_bind_address=bind,
     )
   elif args.distributed is not False:
     found = _cluster(os.environ)
     if found is None and not args.distributed:
       return
+    if found and "coordinator_address" in found:
+      meet(found["coordinator_address"], found["process_id"])
     try:
       join(**(found or {}))
     except ValueError as error:

@@ -9,6 +9,10 @@ class UserError(ValueError):
   """
 
 
+class TakenError(UserError):
+  """Another run is at work in the folder."""
+
+
 class RunError(RuntimeError):
   """The run cannot go on; one line says why. Exit status 1."""
 

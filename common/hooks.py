@@ -16,7 +16,7 @@ import numpy as np
 
 from common.checkpoint import Checkpointer, Stateful
 from common.errors import Preempted, RunError
-from common.metrics import Mean, MetricWriter, merge
+from common.metrics import Digest, Mean, MetricWriter, merge
 from common.parallel import check_same
 from common.progress import ProgressBar
 from common.state import TrainState
@@ -70,7 +70,9 @@ class LogHook:
     self._since: tuple[float, int | None] = (time.monotonic(), None)
 
   def __call__(self, info: StepInfo) -> None:
-    self._pending.append(dict(info.metrics))
+    self._pending.append(
+      {k: m for k, m in info.metrics.items() if isinstance(m, Mean)}
+    )
     if not is_due(self._interval, info.step, last=info.last):
       return
     # Zero counts (an objective that no sample had) stay out of the line.
@@ -216,41 +218,42 @@ def fingerprint(batch: Any) -> str:
 
 
 class SameEverywhere:
-  """Stops a run whose processes no longer see the same.
+  """Stops a run whose devices or processes no longer compute the same.
 
-  Every step's values are hashed, and once an interval the processes compare
-  their hashes: what each computes for itself, such as which experts a step
-  draws, can never part unseen.
+  Every step's `Digest`s are kept, and once an interval each process hashes
+  those of its own devices, of all steps since, and compares: what each computes
+  for itself, such as which experts a step draws, can never part unseen.
 
   Args:
     interval: steps between two comparisons.
-    prefixes: of the metrics that are compared.
     what: these are, in the plural, for the error.
   """
 
   every = 1
 
-  def __init__(self, interval: int, prefixes: Sequence[str], what: str):
+  def __init__(self, interval: int, what: str):
     self._interval = interval
-    self._prefixes = tuple(prefixes)
     self._what = what
-    self._pending: list[dict[str, Mean]] = []
+    self._pending: list[list[list[jax.Array]]] = []  # [steps, digests, devices]
 
   def __call__(self, info: StepInfo) -> None:
-    if jax.process_count() == 1:
-      return
     self._pending.append(
-      {k: v for k, v in info.metrics.items() if k.startswith(self._prefixes)}
+      [
+        [shard.data for shard in digest.bits.addressable_shards]
+        for digest in info.metrics.values()
+        if isinstance(digest, Digest)
+      ]
     )
     if not is_due(self._interval, info.step, last=info.last):
       return
-    values = jax.tree.leaves(jax.device_get(self._pending))
-    first = info.step - len(self._pending) + 1
+    steps = jax.device_get(self._pending)
     self._pending = []
-    check_same(
-      b"".join(np.asarray(value).tobytes() for value in values),
-      f"{self._what} of steps {first} to {info.step}",
-    )
+    what = f"{self._what} of steps {info.step - len(steps) + 1} to {info.step}"
+    # One value each, unless this process's own devices differ.
+    values = [np.unique(devices) for digests in steps for devices in digests]
+    check_same(b"".join(value.tobytes() for value in values), what)
+    if any(value.size > 1 for value in values):
+      raise RunError(f"devices of a process differ in their {what}")
 
 
 class CheckpointHook:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from common.errors import Preempted, RunError, UserError
+from common.errors import Preempted, RunError, TakenError, UserError
 
 log = logging.getLogger(__name__)
 FILE_NAME = "run.log"
@@ -37,12 +37,15 @@ def quiet_libraries() -> None:
 
 
 @contextlib.contextmanager
-def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
+def logging_to(
+  workdir: str, *, own: set[str], to_file: bool = True
+) -> Iterator[None]:
   """Logs to the terminal and, in process 0, to the run's `run.log`.
 
   Args:
     workdir: where `run.log` goes, unless it is an address.
     own: packages whose INFO lines count; of all others, warnings do.
+    to_file: False where the file is another run's.
   """
   import jax
 
@@ -50,7 +53,7 @@ def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
   handlers: list[logging.Handler] = [logging.StreamHandler()]
   handlers[0].setLevel(logging.INFO if first else logging.WARNING)
   handlers[0].setFormatter(logging.Formatter("%(message)s"))
-  if first and "://" not in workdir:
+  if first and to_file and "://" not in workdir:
     handlers.append(logging.FileHandler(os.path.join(workdir, FILE_NAME)))
     handlers[1].setFormatter(
       logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -81,7 +84,8 @@ def logging_to(workdir: str, *, own: set[str]) -> Iterator[None]:
       None if expected else sys.exc_info(),
     )
     for handler in handlers[1:]:  # the terminal gets it from `call`
-      handler.handle(record)
+      if not isinstance(error, TakenError):  # another run's log
+        handler.handle(record)
     raise
   finally:
     root.setLevel(level)

@@ -16,6 +16,8 @@ from etils import epath
 
 from common import files
 from common.errors import UserError
+from common.parallel import by_device
+from common.rngs import mix_bits
 
 log = logging.getLogger(__name__)
 PyTree = Any
@@ -59,6 +61,32 @@ class Mean:
     return jnp.where(
       empty, jnp.nan, self.total / jnp.where(empty, 1.0, self.count)
     )
+
+
+@flax.struct.dataclass
+class Digest:
+  """A hash of what each device has computed for itself; no line shows it.
+
+  `common.hooks.SameEverywhere` compares them: values that went through a sum
+  over devices are equal on all of these, whatever they were made of.
+
+  Attributes:
+    bits: uint32 [devices].
+  """
+
+  bits: jax.Array
+
+  @classmethod
+  def of(cls, *values: jax.Array) -> "Digest":
+    """The digest of replicated integers or bits, of less than 2^32 numbers."""
+    words = [jnp.ravel(value).astype(jnp.uint32) for value in values]
+    word = jnp.concatenate(words)
+    place = jnp.arange(word.size, dtype=jnp.uint32)
+    mixed = mix_bits(mix_bits(word) ^ mix_bits(place + 1))
+    return cls(by_device(jnp.sum(mixed, dtype=jnp.uint32)))
+
+  def __add__(self, other: "Digest") -> "Digest":
+    return Digest(self.bits + other.bits)
 
 
 def merge(first: PyTree, second: PyTree) -> PyTree:

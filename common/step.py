@@ -15,7 +15,7 @@ from common.tree import global_norm
 
 PyTree = Any
 Batch = Mapping[str, jax.Array]
-Metrics = dict[str, Mean]
+Metrics = dict[str, Any]  # `Mean`s, and `Digest`s of what devices compare
 # Further metrics that follow from a step's gradients.
 GradMetrics = Callable[[PyTree], Metrics]
 LossFn = Callable[

@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 
-from common.metrics import Mean
 from common.state import TrainState
 from common.step import StepChoice, StepFn
 
@@ -29,7 +28,7 @@ class StepInfo:
 
   step: int
   state: TrainState
-  metrics: Mapping[str, Mean]
+  metrics: Mapping[str, Any]
   data: Iterator
   batch: Any = None
   last: bool = False

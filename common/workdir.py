@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.parallel import check_same
-from common.places import check_holds_no_comparison
+from common.places import check_holds_no_comparison, take
 from common.report import FILE_NAME as REPORT
 from common.state import TrainState
 
@@ -68,7 +68,7 @@ class Workdir:
     check_holds_no_comparison(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
-    self._lock = _lock(self.path) if is_writer else None
+    self._lock = take(self.path) if is_writer else None
     check_shared(self.path)
     facts = _with_versions(facts or {})
     check_same(
@@ -251,33 +251,6 @@ def check_shared(path: epath.Path) -> None:
       f"{blind} do not see what process 0 writes there; choose one that all "
       "hosts share"
     )
-
-
-def _lock(path: epath.Path) -> IO[bytes] | None:
-  """Holds the folder while the file is open; the system lets go of it even
-  after kill -9. None where there are no such locks.
-
-  Raises:
-    UserError: when another process holds it.
-  """
-  try:
-    import fcntl
-  except ImportError:  # not on Windows
-    return None
-  if "://" in os.fspath(path):
-    return None
-  file = open(path / ".lock", "wb")  # noqa: SIM115, closed with the run
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    file.close()
-    raise UserError(
-      f"a run is at work in {path}: wait for it or choose another --workdir"
-    ) from None
-  except OSError:  # a file system without locks
-    file.close()
-    return None
-  return file
 
 
 def _with_versions(facts: Mapping[str, Any]) -> dict[str, Any]:

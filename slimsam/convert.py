@@ -100,4 +100,4 @@ def convert(
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -122,4 +122,4 @@ def _page(model: str, found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

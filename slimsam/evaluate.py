@@ -155,4 +155,4 @@ def _cells(one: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

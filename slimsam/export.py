@@ -260,4 +260,4 @@ def answer(
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -405,4 +405,4 @@ def colour(i: int) -> tuple[int, int, int]:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from common import files
 from common.optim import make_optimizer
 from common.parallel import abstract_sharded, from_host, init_sharded, to_host
+from common.places import taken
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
@@ -54,7 +55,12 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   """
   stages = check(config)
   check_local(workdir)
-  run = Run(config, pathlib.Path(workdir))
+  with taken(workdir):
+    return _train(Run(config, pathlib.Path(workdir)), stages)
+
+
+def _train(run: Run, stages: Sequence[Stage]) -> Model:
+  config = run.config
   log.info(
     "data        %s: %s images to train on, %s to judge by",
     config.data.source.kind, f"{len(run.train):,}", f"{len(run.valid):,}",

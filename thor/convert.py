@@ -434,4 +434,4 @@ def _write_path(
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -264,4 +264,4 @@ def _bootstrap_lines(
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from common.errors import UserError
-from common.metrics import Mean
+from common.metrics import Digest, Mean
 from common.step import LossFn, Metrics
 from common.tree import global_norm
 from thor.data import shift_right
@@ -66,7 +66,8 @@ def make_loss_fn(
       same: the share of expert layers in which both passes took one expert;
       kept: the share of tokens that experts had room for;
       balance: the gates' loss, 1 if balanced;
-      experts/LAYER/EXPERT: the share of tokens.
+      experts/LAYER/EXPERT: the share of tokens;
+      draws: see `digest_of_draws`.
 
   Raises:
     UserError: for values without a meaning.
@@ -104,9 +105,24 @@ def make_loss_fn(
     count = metrics["ce1"].count
     metrics = {"loss": Mean(loss * count, count), **metrics}
     metrics |= _likelihoods(logits, target, cfg.pad_id)
-    return loss, metrics | _expert_metrics(routing, routes, reports)
+    return loss, metrics | _expert_metrics(
+      routing, rngs["experts"], routes, reports
+    )
 
   return loss_fn
+
+
+def digest_of_draws(
+  routing: Routing, key: Array, routes: list[Routes]
+) -> Digest:
+  """What each device has drawn for itself: the step's key, and the experts of
+  whole batches. Experts of sentences and tokens lie where their rows are, so
+  that bits drawn from the key stand for them.
+  """
+  drawn = [jax.random.key_data(key)]
+  if routing.kind == "thor" and routing.level == "batch":
+    return Digest.of(*drawn, *jax.tree.leaves(routes))
+  return Digest.of(*drawn, jax.random.bits(key, (8,)))
 
 
 def check_objective(passes: int, alpha: float, label_smoothing: float) -> None:
@@ -133,18 +149,19 @@ def _likelihoods(logits: Array, target: Array, pad_id: int) -> Metrics:
 
 
 def _expert_metrics(
-  routing: Routing, routes: list[Routes], reports: dict[str, Array]
+  routing: Routing, key: Array, routes: list[Routes], reports: dict[str, Array]
 ) -> Metrics:
   """Args: reports: what expert layers say, each [passes, l, …]; {} without."""
   if not reports:
     return {}
   load = jnp.mean(reports["load"], axis=0)
   layers, experts = load.shape
-  made = {
+  made: Metrics = {
     f"experts/{i}/{k}": Mean.of(load[i, k])
     for i in range(layers)
     for k in range(min(experts, SHOWN))
   }
+  made["draws"] = digest_of_draws(routing, key, routes)
   if routing.kind in ("switch", "random_switch", "hash"):
     made["kept"] = Mean.of(reports["kept"])
   if routing.gated:

@@ -309,9 +309,7 @@ def make_hooks(
     metrics=lambda step: evaluation.latest if _measured(config, step) else {},
   )
   preemption = hooks_lib.PreemptionHook(checkpoint)
-  draws = hooks_lib.SameEverywhere(
-    config.log.every, ("experts/", "ce"), "choices of experts"
-  )
+  draws = hooks_lib.SameEverywhere(config.log.every, "draws of experts")
   in_order = [guard, draws, *host.values(), checkpoint, preemption]
   if config.profile.count:
     in_order.append(

@@ -343,4 +343,4 @@ def _progress(args: Any) -> Iterator[Callable[[], None]]:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -450,4 +450,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -228,4 +228,4 @@ def _json(run: TrainedRun, scores: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-  app.leave(app.call(main))
+  app.run_alone(main)

@@ -15,6 +15,7 @@ _EXPORTS = {
   "gather_texts": "common.parallel.mesh",
   "from_host": "common.parallel.mesh",
   "to_host": "common.parallel.mesh",
+  "by_device": "common.parallel.mesh",
   "bytes_per_device": "common.parallel.mesh",
   "startup_report": "common.parallel.mesh",
   "shardings": "common.parallel.rules",

@@ -177,6 +177,20 @@ def from_host(tree: Any, like: Any) -> Any:
   return jax.tree.map(place, tree, like)
 
 
+def by_device(value: jax.Array) -> jax.Array:
+  """Each device's own copy of what is replicated, [devices, ...].
+
+  What devices compute each for itself should be equal; here it can be looked
+  at, for nothing is sent. Without a mesh there is one.
+  """
+  names = jax.sharding.get_abstract_mesh().axis_names
+  if not names:
+    return value[None]
+  return jax.shard_map(
+    lambda own: own[None], in_specs=jax.P(), out_specs=jax.P(names)
+  )(value)
+
+
 def to_host(tree: Any) -> Any:
   """NumPy copies on every process, of arrays that may be spread over all."""
 

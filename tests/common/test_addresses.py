@@ -2,11 +2,13 @@
 
 import logging
 import socket
+import time
 
 import pytest
 
 from common import addresses
-from common.addresses import bind_address
+from common.addresses import bind_address, meet
+from common.errors import RunError
 
 ELSEWHERE = "203.0.113.7"  # is for documentation: no machine has it
 
@@ -83,6 +85,53 @@ def test_a_name_that_only_this_machine_can_reach(names, caplog):
   assert record.getMessage().startswith(
     "process 0 listens on 127.0.1.1 alone, which is what node1 means here"
   )
+
+
+@pytest.fixture
+def server():
+  """A socket that listens."""
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    yield server
+
+
+def address_of(server):
+  return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_port_that_is_taken_is_refused_by_process_0(
+  server, one_line, monkeypatch
+):
+  monkeypatch.setattr(addresses, "_TAKEN_SECONDS", -1)
+  address = address_of(server)
+  port = address.partition(":")[2]
+  for bind in (address, None):  # and every address of the machine
+    line = one_line(meet, address, 0, bind)
+    assert f"port {port} of coordinator {address} is taken here" in line
+  server.close()
+  meet(address, 0, address)
+
+
+def test_what_an_earlier_start_has_left_may_end(server, monkeypatch):
+  address = address_of(server)
+  monkeypatch.setattr(time, "sleep", lambda seconds: server.close())
+  meet(address, 0, address)
+  assert server.fileno() == -1
+
+
+def test_process_0_may_come_later(server, monkeypatch):
+  address, begun = address_of(server), []
+  server.close()
+
+  def sleep(seconds):
+    place = ("127.0.0.1", int(address.partition(":")[2]))
+    begun.append(socket.create_server(place))
+
+  monkeypatch.setattr(time, "sleep", sleep)
+  meet(address, 1)
+  begun.pop().close()
+  monkeypatch.setattr(addresses, "_ABSENT_SECONDS", -1)
+  with pytest.raises(RunError, match=f"{address} does not answer"):
+    meet(address, 1)
 
 
 TWO = """

@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, overrides, refusals, statuses."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -11,6 +12,7 @@ import pytest
 
 from common import app, config, flags
 from common.errors import Preempted, UserError
+from common.places import take, taken
 
 CONFIG = """
 from ml_collections import ConfigDict, config_dict
@@ -345,6 +347,32 @@ def test_the_log_holds_our_lines_and_the_warnings_of_others(run, folder):
   run("--config=configs/toy.py", main=main)
   assert len((folder / "runs/toy/run.log").read_text().splitlines()) == 6
   assert (root.level, root.handlers) == before
+
+
+@pytest.mark.parametrize("starts", ["later", "at the same time"])
+def test_a_run_that_is_refused_leaves_the_log_of_another_alone(
+  run, folder, starts
+):
+  place = folder / "runs/toy"
+
+  def main(config, workdir):
+    with contextlib.ExitStack() as stack:
+      if starts == "at the same time":  # no lock was seen
+        other = stack.enter_context(contextlib.closing(take(place)))
+        assert other
+      logging.getLogger("toy").info("mine")
+      with taken(workdir):
+        logging.getLogger("toy").info("never")
+
+  place.mkdir(parents=True)
+  (place / "run.log").write_text("live\n")
+  with taken(place) if starts == "later" else contextlib.nullcontext():
+    result = run("--config=configs/toy.py", main=main)
+  assert result.status == 2
+  assert f"a run is at work in {place}" in result.err
+  text = (place / "run.log").read_text()
+  assert "the run ends" not in text
+  assert ("mine" in text) == (starts == "at the same time")
 
 
 def test_the_compilation_cache(run, folder):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -11,8 +12,9 @@ import time
 import jax
 import pytest
 
-from common import app
+from common import addresses, app
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from ml_collections import ConfigDict
 
@@ -100,8 +102,11 @@ OPEN_MPI_4 = {
 
 @pytest.fixture
 def joined(monkeypatch):
-  """The calls of `jax.distributed.initialize`, which does nothing."""
+  """The calls of `jax.distributed.initialize`, which does nothing; whoever is
+  to be met is there.
+  """
   calls = []
+  monkeypatch.setattr(app, "meet", lambda *named: None)
   monkeypatch.setattr(
     jax.distributed, "initialize", lambda **named: calls.append(named)
   )
@@ -203,6 +208,62 @@ def test_a_coordinator_on_the_command_line_is_all_jax_hears(
   ]
 
 
+@pytest.mark.parametrize(
+  ("environment", "name"),
+  [
+    ({}, None),
+    ({"SLURM_NTASKS": "4"}, None),  # a batch script outside of srun
+    ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, None),
+    (SLURM, "SLURM_STEP_NUM_TASKS"),
+    (OPEN_MPI, "OMPI_COMM_WORLD_SIZE"),
+    (OPEN_MPI_4, "OMPI_COMM_WORLD_SIZE"),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES"),
+  ],
+)
+def test_a_verb_of_one_process_does_not_repeat_its_work(
+  monkeypatch, capsys, environment, name
+):
+  monkeypatch.setattr(os, "environ", dict(environment))
+  calls = []
+
+  def verb(*arguments):
+    monkeypatch.setattr(sys, "argv", ["verb", *arguments])
+    monkeypatch.setattr(app, "leave", lambda status: calls.append(status))
+    app.run_alone(lambda: calls.append("worked"))
+
+  verb()
+  error = capsys.readouterr().err
+  if name is None:
+    assert (calls, error) == (["worked", 0], "")
+    return
+  assert calls == [2]
+  assert error.startswith(
+    f"error: this program runs as one process, and {name}={environment[name]!r}"
+  )
+  assert f"`env -u {name}`" in error
+  verb("--help")
+  assert calls == [2, "worked", 0]
+
+
+VERBS = [
+  file
+  for project in ("birdie", "slimsam", "thor", "udim")
+  for file in sorted((ROOT / project).glob("*.py"))
+  if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize(
+  "file", VERBS, ids=lambda file: f"{file.parent.name}.{file.stem}"
+)
+def test_every_verb_joins_the_others_or_is_alone(file):
+  text = file.read_text()
+  joins = file.stem in ("main", "compare")
+  assert ("app.run(" in text, "app.run_alone(main)" in text) == (
+    joins, not joins
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize("environment", [{}, OPEN_MPI_4])
 def test_the_patience_with_peers_can_be_set(
   run, joined, monkeypatch, environment
@@ -244,6 +305,39 @@ def test_a_platform_that_is_asked_for_and_not_there(
   assert found == status
   line = f"error: JAX_PLATFORMS={asked}, and there is no such device"
   assert (error.count("\n") == 1 and error.startswith(line)) == bool(status)
+
+
+@pytest.mark.parametrize(
+  ("number", "status", "error"),
+  [
+    (0, 2, "error: port {port} of coordinator {address} is taken here"),
+    (1, 1, "error: coordinator {address} does not answer"),
+  ],
+)
+@pytest.mark.parametrize("told_by", ["flags", "mpirun"])
+def test_who_cannot_be_met_is_one_line(
+  run, joined, monkeypatch, number, status, error, told_by
+):
+  monkeypatch.setattr(app, "meet", addresses.meet)
+  monkeypatch.setattr(addresses, "_TAKEN_SECONDS", -1)
+  monkeypatch.setattr(addresses, "_ABSENT_SECONDS", -1)
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    port = server.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    if number == 1:
+      server.close()
+    arguments, told = [], {}
+    if told_by == "flags":
+      arguments = [f"--coordinator={address}", "--num_processes=2"]
+      arguments.append(f"--process_id={number}")
+    else:
+      told = {**OPEN_MPI, "JAX_COORDINATOR_ADDRESS": address}
+      told["OMPI_COMM_WORLD_RANK"] = str(number)
+    monkeypatch.setattr(os, "environ", told)
+    found, said = run(*arguments)
+  assert (found, joined) == (status, [])
+  assert said.startswith(error.format(port=port, address=address))
+  assert said.count("\n") == 1
 
 
 def start(folder, *arguments, **variables):

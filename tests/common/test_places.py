@@ -1,5 +1,6 @@
 """A folder holds a run or a comparison: neither overwrites the other."""
 
+import errno
 import importlib
 import pathlib
 
@@ -11,6 +12,8 @@ from common.errors import UserError
 from common.places import (
   check_holds_no_comparison,
   check_holds_no_run,
+  is_taken,
+  taken,
   taken_when_used,
 )
 from common.workdir import Workdir
@@ -91,6 +94,8 @@ def test_what_is_empty_or_new_is_nobodys(tmp_path):
     ([], ["run.log"], []),
     (["notes"], ["run.log"], ["notes", "run.log"]),
     (["run.log"], [], ["run.log"]),
+    (None, [".lock", "run.log"], None),
+    ([".lock"], [], [".lock"]),
   ],
 )
 def test_a_start_that_is_refused_leaves_no_log(
@@ -112,6 +117,37 @@ def test_a_start_that_is_refused_leaves_no_log(
   one_line(start)
   found = sorted(p.name for p in folder.iterdir()) if folder.exists() else None
   assert found == after
+
+
+def test_one_run_at_a_time_holds_a_folder(tmp_path, one_line):
+  folder = tmp_path / "run"
+  assert not is_taken(folder)
+
+  def start():
+    with taken(folder):
+      raise AssertionError("two runs")
+
+  with taken(folder):
+    assert is_taken(folder)
+    assert f"a run is at work in {folder}" in one_line(start)
+  assert not is_taken(folder)
+  with taken(folder):
+    pass
+
+
+def test_a_file_system_without_locks_is_a_warning(
+  tmp_path, monkeypatch, caplog
+):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr("fcntl.flock", refuse)
+  for _ in range(2):
+    with taken(tmp_path):
+      assert not is_taken(tmp_path)
+  for line in caplog.messages:
+    assert "(No locks available): nothing stops a second run" in line
+  assert len(caplog.messages) == 2
 
 
 def test_a_start_that_goes_well_leaves_its_folder(tmp_path):

@@ -12,6 +12,7 @@ from PIL import Image
 
 from common.checkpoint import checkpoint_steps, load_params
 from common.errors import RunError, UserError
+from common.places import taken
 from configs.slimsam import get_config
 from slimsam import parts, weights
 from slimsam.data import PromptedExample, train_loader
@@ -269,6 +270,17 @@ def test_another_configuration_is_refused(straight):
   config.prune.ratio = 0.25
   with pytest.raises(UserError, match=r"prune\.ratio"):
     train_and_evaluate(config, straight)
+
+
+def test_a_run_at_work_keeps_its_configuration(tmp_path):
+  """Also before its first training has a folder."""
+  Run(tiny(), tmp_path)
+  before = (tmp_path / "config.json").read_text()
+  changed = tiny()
+  changed.distill.optim.lr *= 2
+  with taken(tmp_path), pytest.raises(UserError, match="a run is at work in"):
+    train_and_evaluate(changed, tmp_path)
+  assert (tmp_path / "config.json").read_text() == before
 
 
 def test_a_run_needs_a_folder():

@@ -10,14 +10,22 @@ import numpy as np
 import optax
 import pytest
 
-from common.errors import UserError
+from common.errors import RunError, UserError
+from common.hooks import SameEverywhere
+from common.parallel import make_mesh, replicated
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
+from common.train import StepInfo
 from thor.data import shift_right
 from thor.losses import cross_entropy_loss, thor_loss
 from thor.model import Transformer, init_params
-from thor.objective import STREAMS, expert_grad_norms, make_loss_fn
+from thor.objective import (
+  STREAMS,
+  digest_of_draws,
+  expert_grad_norms,
+  make_loss_fn,
+)
 from thor.routing import NO_ROUTES, Routing, train_routes
 from thor.settings import make_settings
 
@@ -184,6 +192,38 @@ def test_one_program_serves_every_draw():
     state, metrics = step(state, make_batch([8, 4]))
     seen.add(tuple(float(metrics[f"experts/0/{k}"].value()) for k in range(4)))
   assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+  "routing", [Routing(experts=64), Routing(experts=4, level="token")]
+)
+def test_devices_that_draw_by_themselves_are_stopped(routing):
+  mesh, tokens = make_mesh(), make_batch([8] * 8)["source"]
+
+  @jax.jit
+  def step(seed):
+    key = jax.random.key(seed)
+    routes = train_routes(
+      routing, (1, 1), key, source=tokens, target=tokens, passes=2
+    )
+    return {"draws": digest_of_draws(routing, key, routes)}
+
+  def hook(*steps):
+    """Each with the seeds of all devices, which count as replicated."""
+    hook = SameEverywhere(len(steps), "draws")
+    for number, seeds in enumerate(steps, 1):
+      own = [jax.device_put(s, d) for s, d in zip(seeds, mesh.devices.flat)]
+      seed = jax.make_array_from_single_device_arrays((), replicated(mesh), own)
+      with jax.set_mesh(mesh):
+        metrics = step(seed)
+      hook(StepInfo(number, None, metrics, None))
+    return metrics["draws"].bits
+
+  one, two = hook([1] * 8), hook([1] * 8, [2] * 8)
+  assert one.shape == (8,)
+  assert set(np.asarray(one)) != set(np.asarray(two))
+  with pytest.raises(RunError, match="in their draws of steps 1 to 3"):
+    hook([1] * 8, [2] * 7 + [3], [4] * 8)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 SCRIPT = """
 import sys
 import jax
+import numpy as np
 jax.config.update("jax_platforms", "cpu")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from common.errors import RunError
 from common.hooks import SameEverywhere
-from common.metrics import Mean
-from common.parallel import check_same, gather_texts, local_mesh
+from common.metrics import Digest, Mean
+from common.parallel import (
+  check_same, gather_texts, local_mesh, make_mesh, replicated
+)
 from common.train import StepInfo
 
 whole = ["eins", "ä" * 100, "zwei\\n", "", "drei"]
@@ -43,11 +46,24 @@ except RunError as error:
 else:
   raise AssertionError("the difference was not seen")
 
-hook = SameEverywhere(2, ["draw"], "draws")
-def step(number, draw):
-  mean = Mean.of(jax.numpy.float32(draw))
-  other = Mean.of(jax.numpy.float32(jax.process_index()))
-  hook(StepInfo(number, None, {"draw/0": mean, "seconds": other}, None))
+# A key that counts as replicated, but is another in each process at step 4.
+mesh = make_mesh()
+rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
+tokens = jax.make_array_from_callback((4,), rows, lambda i: np.ones(4)[i])
+@jax.jit
+def draw(seed, tokens):
+  chosen = jax.random.randint(jax.random.key(seed), (3,), 0, 1000)
+  share = Mean.of(tokens * (chosen[0] / 1000))
+  return {"draws": Digest.of(chosen), "share": share}
+hook = SameEverywhere(2, "draws")
+def step(number, seed):
+  seed = jax.make_array_from_callback(
+    (), replicated(mesh), lambda i: np.uint32(seed)
+  )
+  with jax.set_mesh(mesh):
+    metrics = draw(seed, tokens)
+  check_same(np.asarray(metrics["share"].total).tobytes(), "sums")
+  hook(StepInfo(number, None, metrics, None))
 for number in (1, 2, 3):
   step(number, number)
 try:
