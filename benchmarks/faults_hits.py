@@ -78,7 +78,8 @@ class Running:
             *_place(address, i, subject.processes),
           ],
           cwd=ROOT,
-          env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+          env=os.environ
+          | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
           stdout=subprocess.DEVNULL,
           stderr=err,
         )
