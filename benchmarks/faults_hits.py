@@ -1,6 +1,5 @@
 """How a run can be hit; see `faults.py`."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
@@ -10,20 +9,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+
+from faults_mounts import FULL, full_disk, own_disk, read_only
 
 from common.checkpoint import checkpoint_steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PATIENCE = 600.0  # seconds in which processes have to end by themselves
 PEER_TIMEOUT = 30  # seconds of silence after which a process is given up
-# Runs a module whose wall clock jumps once, at a random moment, by up to a
-# year, forward or back.
+EARLY = 0.1  # share of hits before several processes have found each other
+# Items of a checkpoint that a run goes on from, and files in them that no
+# reader needs.
+ITEMS = ("params", "state", "data", "host")
+UNREAD = ("commit_success.txt", "_sharding")
+# Runs a module whose wall clock jumps once. That of Python: what C++ asks for
+# the time, such as the heartbeats of processes, knows nothing of it.
 JUMPING_CLOCK = """
-import random, runpy, sys, time
+import runpy, sys, time
 real, start = time.time, time.monotonic()
-moment, jump = random.uniform(0, 10), random.uniform(-3e7, 3e7)
-time.time = lambda: real() + jump * (time.monotonic() - start > moment)
+time.time = lambda: real() + {jump} * (time.monotonic() - start > {moment})
+time.time_ns = lambda: int(time.time() * 1e9)
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
@@ -111,12 +117,20 @@ class Running:
       process.kill()
       process.wait()
 
+  def lines(self) -> list[str]:
+    """What they have written, and whatever else has since then."""
+    return lines_from(self.said, self.from_here)
+
   def last_line(self) -> str:
-    """The last line that one of them has written, "" for none."""
-    with open(self.said, "rb") as err:
-      err.seek(self.from_here)
-      lines = err.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
+    """The last one, "" for none."""
+    return (self.lines() or [""])[-1]
+
+
+def lines_from(file: pathlib.Path, offset: int) -> list[str]:
+  """Lines of a file, from a place in it."""
+  with open(file, "rb") as said:
+    said.seek(offset)
+    return said.read().decode(errors="replace").strip().splitlines()
 
 
 def _place(address: str, number: int, count: int) -> list[str]:
@@ -140,6 +154,44 @@ class Wrong(Exception):
   """A fault did what it must not do."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Straight:
+  """The run that nothing has hit.
+
+  Attributes:
+    folder: of the run.
+    seconds: that it took, with its programs compiled.
+    joined: seconds after which its processes had found each other.
+  """
+
+  folder: pathlib.Path
+  seconds: float
+  joined: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+  """A checkpoint that was damaged.
+
+  Attributes:
+    place: the checkpoint's folder, which is another one once it has changed.
+    changed: when it had, in nanoseconds.
+    offset: in what the run says, from where on it has to say so.
+    is_read: whether the next start reads what is damaged.
+  """
+
+  place: pathlib.Path
+  changed: int
+  offset: int
+  is_read: bool
+
+  @property
+  def is_there(self) -> bool:
+    """Whether the checkpoint has not been replaced or removed."""
+    place = self.place
+    return place.exists() and place.stat().st_mtime_ns == self.changed
+
+
 @dataclasses.dataclass
 class Trial:
   """One run, and what happens to it.
@@ -147,22 +199,40 @@ class Trial:
   Attributes:
     subject: what runs.
     folder: of the run.
-    seconds: that an undisturbed run takes.
+    straight: the same without a hit.
     rng: of everything drawn.
+    damages: of checkpoints, so far.
   """
 
   subject: Subject
   folder: pathlib.Path
-  seconds: float
+  straight: Straight
   rng: random.Random
+  damages: list[Damage] = dataclasses.field(default_factory=list)
 
   def begin(self, wrapper: str = "", *more: str) -> Running:
-    """Starts the command, and waits until a random moment of the run."""
+    """Starts the command, and waits until a random moment of the run.
+
+    Processes wait minutes for one that has never come, so few hits are early.
+    """
+    several = self.subject.processes > 1
+    late = several and self.rng.random() > EARLY
+    moment = self.rng.uniform(
+      self.straight.joined if late else 0, self.straight.seconds
+    )
     running = Running(self.subject, self.folder, wrapper, more)
-    until = time.monotonic() + self.rng.uniform(0, self.seconds)
+    until = time.monotonic() + moment
     while running.is_alive and time.monotonic() < until:
       time.sleep(0.005)
     return running
+
+  def check_said(self) -> None:
+    """What was damaged and had to be read has been reported, in the end."""
+    for damage in self.damages:
+      wanted = f"checkpoint {damage.place.name} cannot be read"
+      said = lines_from(self.folder.with_suffix(".err"), damage.offset)
+      if damage.is_read and not any(wanted in line for line in said):
+        raise Wrong(f"nobody said: {wanted}")
 
   # Each hits once and returns what it did, "" where the run had ended before.
 
@@ -171,10 +241,12 @@ class Trial:
     with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
-      running.one(self.rng).kill()
+      victim = running.one(self.rng)
+      victim.kill()
       statuses = running.wait()
       if statuses.count(0) == len(statuses):
         return ""
+      self._check_survivors(running, victim)
       return f"statuses {statuses}"
 
   def term(self) -> str:
@@ -182,16 +254,19 @@ class Trial:
     with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
-      running.one(self.rng).terminate()
+      victim = running.one(self.rng)
+      victim.terminate()
       statuses = running.wait()
       # Before Python has read what it is to do with it, the signal kills; and
       # what ends in the same moment has ended.
       allowed = {143, -signal.SIGTERM, 0}
-      lost = set(statuses) - allowed
-      if self.subject.processes > 1 and -signal.SIGTERM in statuses:
-        lost = set()  # the others have lost a peer that had not joined yet
-      if lost:
+      if self.subject.processes > 1 and victim.returncode == -signal.SIGTERM:
+        # The others have lost a peer that had not joined yet.
+        self._check_survivors(running, victim)
+      elif set(statuses) - allowed:
         raise Wrong(f"SIGTERM: statuses {statuses}: {running.last_line()}")
+      elif 0 in statuses and not self._is_finished():
+        raise Wrong(f"SIGTERM: statuses {statuses} of a run that goes on")
       return f"statuses {statuses}"
 
   def stop(self) -> str:
@@ -209,34 +284,55 @@ class Trial:
         if process is not still:
           process.wait(PATIENCE)
       still.kill()
-      return f"statuses {running.wait()}"
+      statuses = running.wait()
+      self._check_survivors(running, still)
+      return f"statuses {statuses}"
 
   def clock(self) -> str:
-    """The wall clock jumps: nothing happens, or a save is given up."""
-    with self.begin(JUMPING_CLOCK) as running:
+    """The wall clock jumps by up to a year, forward or back: nothing happens,
+    or a save is given up.
+    """
+    wrapper = JUMPING_CLOCK.format(
+      jump=self.rng.uniform(-3e7, 3e7),
+      moment=self.rng.uniform(0, self.straight.seconds),
+    )
+    with self.begin(wrapper) as running:
       statuses = running.wait()
-      line = running.last_line()
       if set(statuses) == {0}:
         return "went on"
-      if "clock has jumped" not in line:
-        raise Wrong(f"a clock that jumps: statuses {statuses}: {line}")
-      return line
+      return self._said(running, statuses, "clock has jumped")
 
   def damage(self) -> str:
     """A checkpoint's file loses a bit, its end, or itself, where there is
-    another checkpoint to go on from.
+    another checkpoint to go on from; see `check_said`.
     """
     hit = self.kill()
     files = [
       path
       for folder in sorted(self.folder.rglob("checkpoints"))
       if len(checkpoint_steps(folder)) > 1
-      for path in sorted(folder.glob("*/**/*"))
-      if path.is_file()
+      and not any(d.is_there and d.place.parent == folder for d in self.damages)
+      for path in sorted(folder.glob("[0-9]*/**/*"))
+      if path.is_file() and "tmp" not in path.relative_to(folder).parts[0]
     ]
     if not hit or not files:
       return ""
     path = self.rng.choice(files)
+    how = self._break(path)
+    place = path
+    while place.parent.name != "checkpoints":
+      place = place.parent
+    self.damages.append(
+      Damage(
+        place,
+        place.stat().st_mtime_ns,
+        self.folder.with_suffix(".err").stat().st_size,
+        self._is_read(place, path.relative_to(place)),
+      )
+    )
+    return f"{how} of {path.relative_to(self.folder)}"
+
+  def _break(self, path: pathlib.Path) -> str:
     data = bytearray(path.read_bytes())
     how = self.rng.choice(("bit", "end", "all")) if data else "all"
     if how == "all":
@@ -246,7 +342,16 @@ class Trial:
     else:
       data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
       path.write_bytes(data)
-    return f"{how} of {path.relative_to(self.folder)}"
+    return how
+
+  def _is_read(self, place: pathlib.Path, file: pathlib.Path) -> bool:
+    """Whether the next start reads a checkpoint's file: the newest's, unless
+    the training has left its model and nobody goes on with it.
+    """
+    newest = checkpoint_steps(place.parent)[-1] == int(place.name)
+    done = (place.parents[1] / "model" / "settings.json").exists()
+    item = file.parts[0] in ITEMS and file.name not in UNREAD
+    return newest and item and not done
 
   def worker(self) -> str:
     """A process that makes batches dies: an error, and no wait."""
@@ -271,27 +376,80 @@ class Trial:
         return self._ended(running)
       with Running(self.subject, self.folder) as second:
         statuses = second.wait()
+        said = "\n".join(second.lines())
       if not running.is_alive:
         return self._ended(running)
-      if 2 not in statuses:
-        raise Wrong(f"a second run: statuses {statuses}")
+      if 2 not in statuses or "a run is at work in" not in said:
+        raise Wrong(f"a second run: statuses {statuses}: {said}")
       return self._ended(running) or "refused"
 
   def read_only(self) -> str:
     """The folder cannot be written any more: one line, status 1."""
-    with self.begin() as running, _read_only(self.folder) as mounted:
-      if not mounted or not running.is_alive:
+    with self.begin() as running:
+      if not running.is_alive or not self._has_begun():
         return self._ended(running)
-      statuses = running.wait()
-      line = running.last_line()
+      with read_only(self.folder):
+        statuses = running.wait()
       if set(statuses) == {0}:
         return ""
-      if 1 not in statuses or not line.startswith("error: "):
-        raise Wrong(f"a read-only folder: statuses {statuses}: {line}")
-      return line
+      return self._said(running, statuses, "Read-only file system")
+
+  def full(self) -> str:
+    """The disk is full from a moment on: one line, status 1, or the end."""
+    with own_disk(self.folder), self.begin() as running:
+      if not running.is_alive:
+        return self._ended(running)
+      with full_disk(self.folder):
+        statuses = running.wait()
+      if set(statuses) == {0}:
+        if not self._is_finished():
+          raise Wrong("a full disk: status 0 of a run that goes on")
+        return "went on"
+      return self._said(running, statuses, FULL)
 
   def _has_begun(self) -> bool:
     return any(self.folder.rglob("metrics.jsonl"))
+
+  def _is_finished(self) -> bool:
+    """Whether the last checkpoints of all trainings are there."""
+    straight = self.straight.folder
+    return all(
+      (self.folder / place.relative_to(straight)).exists()
+      and checkpoint_steps(self.folder / place.relative_to(straight))[-1:]
+      == checkpoint_steps(place)[-1:]
+      for place in straight.rglob("checkpoints")
+    )
+
+  def _check_survivors(
+    self, running: Running, victim: subprocess.Popen
+  ) -> None:
+    """Who has lost a peer fails: neither done, nor preempted, nor refused, for
+    launchers would not try again.
+    """
+    for process in running.processes:
+      status = process.returncode
+      if process is victim or status not in (0, 2, 128 + signal.SIGTERM):
+        continue
+      if status != 0 or not self._is_finished():
+        raise Wrong(f"a survivor's status {status}: {running.last_line()}")
+
+  def _said(self, running: Running, statuses: list[int], what: str) -> str:
+    """The one line that says it, with status 1; a start may refuse a folder
+    that cannot be written, with status 2.
+    """
+    lines = running.lines()
+    found = [line for line in lines if line.startswith("error: ")]
+    right = [line for line in found if what in line]
+    status = 1
+    if any("cannot write to workdir" in line for line in right):
+      status = 2
+    traced = any(line.startswith("Traceback") for line in lines)
+    alone = self.subject.processes == 1
+    if not right or status not in statuses or (alone and traced):
+      raise Wrong(
+        f"{what!r} expected, statuses {statuses}: {running.last_line()}"
+      )
+    return right[0]
 
   def _ended(self, running: Running) -> str:
     """Nothing was hit: the run has to end well, or be told why not."""
@@ -314,24 +472,6 @@ def _children(process: int) -> list[int]:
     return []
 
 
-@contextlib.contextmanager
-def _read_only(folder: pathlib.Path) -> Iterator[bool]:
-  """Whether the folder could be made read-only, which takes a mount."""
-  made = 0
-  try:
-    if any(folder.rglob("metrics.jsonl")):
-      for options in (["--bind"], ["-o", "remount,ro,bind"]):
-        command = ["mount", *options, str(folder), str(folder)]
-        found = subprocess.run(command, capture_output=True, check=False)
-        if found.returncode:
-          break
-        made += 1
-    yield made == 2
-  finally:
-    if made:
-      subprocess.run(["umount", str(folder)], check=True)
-
-
 KINDS: dict[str, tuple[Callable[[Trial], str], int]] = {  # with their weights
   "kill": (Trial.kill, 10),
   "term": (Trial.term, 3),
@@ -341,4 +481,5 @@ KINDS: dict[str, tuple[Callable[[Trial], str], int]] = {  # with their weights
   "worker": (Trial.worker, 1),
   "twin": (Trial.twin, 1),
   "read_only": (Trial.read_only, 1),
+  "full": (Trial.full, 1),
 }
