@@ -32,9 +32,9 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-from faults_hits import KINDS, ROOT, Running, Straight, Subject, Trial, Wrong
+from faults_hits import KINDS, Straight, Trial, Wrong, equal
 from faults_mounts import Impossible, release
+from faults_runs import ROOT, Running, Subject
 
 from common.checkpoint import checkpoint_steps, load_params
 from common.errors import UserError
@@ -47,25 +47,35 @@ OFTEN = (
   "--config.checkpoint.every=2", "--config.checkpoint.keep=3",
   "--config.log.every=1",
 )  # fmt: skip
-SUBJECTS = {
+SUBJECTS = {  # a few checkpoints and evaluations, and little to compile
   "birdie": (
     "birdie.main", "--config=configs/birdie.py:smoke",
-    "--config.data.sequence_length=64", "--config.num_steps=24", *OFTEN,
+    "--config.data.sequence_length=64", "--config.num_steps=24",
+    "--config.model.layers=2", "--config.retrieval.every=24",
+    "--config.controller.schedule=8", *OFTEN,
   ),
   "udim": (
     "udim.main", "--config=configs/udim.py:train,smoke",
     "--config.num_steps=24", *OFTEN,
   ),
   "slimsam": (
-    "slimsam.main", "--config=configs/slimsam.py:smoke", *OFTEN,
+    "slimsam.main", "--config=configs/slimsam.py:smoke",
+    "--config.teacher.num_steps=8", "--config.teacher.every=8",
+    "--config.data.images=16", "--config.distill.epochs=2",
+    "--config.evaluation.images=2", "--config.evaluation.prompts=('point',)",
+    "--config.evaluation.choices=('single',)", "--config.export=('native',)",
+    *OFTEN,
   ),
   "thor": (
     "thor.main", "--config=configs/thor.py:smoke",
-    "--config.num_steps=24", "--config.data.source.rows=60",
-    "--config.data.source.test_rows=2", "--config.data.source.names=10",
-    "--config.vocabulary.size=256", "--config.translation.modes=()",
+    "--config.num_steps=24", "--config.data.source.languages=('de',)",
+    "--config.data.source.rows=60", "--config.data.source.test_rows=2",
+    "--config.data.source.names=10", "--config.vocabulary.size=256",
+    "--config.model.encoder_layers=1", "--config.model.decoder_layers=1",
+    "--config.model.expert_layers=all", "--config.translation.modes=()",
+    "--config.translation.rows=1", "--config.translation.max_extra=1",
     "--config.data.token_budget=512", "--config.data.lengths=(64,)",
-    "--config.evaluation.every=8", *OFTEN,
+    "--config.evaluation.every=12", *OFTEN,
   ),
 }  # fmt: skip
 
@@ -237,7 +247,7 @@ def difference(straight: pathlib.Path, folder: pathlib.Path) -> str:
       return f"{place}, line {index + 1}"
     _, expected = load_params(file.parent / "checkpoints")
     _, found = load_params(folder / place.parent / "checkpoints")
-    if not _equal(expected, found):
+    if not equal(expected, found):
       return f"parameters of {place.parent}"
     steps = [checkpoint_steps(base / place.parent / "checkpoints")[-1]
              for base in (straight, folder)]  # fmt: skip
@@ -256,12 +266,6 @@ def _logged(file: pathlib.Path) -> list[dict[str, Any]]:
     }
     for line in read_metrics(file)
   ]
-
-
-def _equal(a: Any, b: Any) -> bool:
-  if isinstance(a, dict):
-    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-  return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def table(records: list[dict[str, Any]]) -> str:

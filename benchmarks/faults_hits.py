@@ -5,24 +5,19 @@ import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from faults_mounts import FULL, full_disk, own_disk, read_only
+from faults_runs import PATIENCE, Running, Subject, lines_from
 
-from common.checkpoint import checkpoint_steps
+from common.checkpoint import checkpoint_steps, load_params
+from common.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 600.0  # seconds in which processes have to end by themselves
-PEER_TIMEOUT = 30  # seconds of silence after which a process is given up
 EARLY = 0.1  # share of hits before several processes have found each other
-# Items of a checkpoint that a run goes on from, and files in them that no
-# reader needs.
-ITEMS = ("params", "state", "data", "host")
-UNREAD = ("commit_success.txt", "_sharding")
 # Runs a module whose wall clock jumps once. That of Python: what C++ asks for
 # the time, such as the heartbeats of processes, knows nothing of it.
 JUMPING_CLOCK = """
@@ -33,121 +28,6 @@ time.time_ns = lambda: int(time.time() * 1e9)
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What is hit.
-
-  Attributes:
-    name: of the project, with the number of processes.
-    arguments: of Python, without the folder.
-    processes: that make the run.
-  """
-
-  name: str
-  arguments: tuple[str, ...]
-  processes: int
-
-
-class Running:
-  """The processes of a run.
-
-  Args:
-    subject: what runs.
-    folder: the run's. What the processes say is in the file beside it.
-    wrapper: a program that runs the module it is given, in Python's place.
-    more: arguments.
-    devices: of each process.
-  """
-
-  def __init__(
-    self,
-    subject: Subject,
-    folder: pathlib.Path,
-    wrapper: str = "",
-    more: tuple[str, ...] = (),
-    devices: int = 2,
-  ):
-    self.said = folder.with_suffix(".err")
-    address = _free_address()
-    with open(self.said, "ab") as err:
-      self.from_here = err.tell()
-      self.processes = [
-        subprocess.Popen(
-          [
-            sys.executable,
-            *(["-c", wrapper] if wrapper else ["-m"]),
-            *subject.arguments,
-            *more,
-            f"--workdir={folder}",
-            *_place(address, i, subject.processes),
-          ],
-          cwd=ROOT,
-          env=os.environ
-          | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
-          stdout=subprocess.DEVNULL,
-          stderr=err,
-        )
-        for i in range(subject.processes)
-      ]
-
-  @property
-  def is_alive(self) -> bool:
-    """Whether none of them has ended."""
-    return all(process.poll() is None for process in self.processes)
-
-  def one(self, rng: random.Random) -> subprocess.Popen:
-    """Any of them."""
-    return rng.choice(self.processes)
-
-  def wait(self) -> list[int]:
-    """All statuses; raises where a process goes on and on."""
-    until = time.monotonic() + PATIENCE
-    for process in self.processes:
-      process.wait(max(until - time.monotonic(), 0.01))
-    return [process.returncode for process in self.processes]
-
-  def __enter__(self) -> "Running":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    """Leaves nothing behind."""
-    for process in self.processes:
-      process.kill()
-      process.wait()
-
-  def lines(self) -> list[str]:
-    """What they have written, and whatever else has since then."""
-    return lines_from(self.said, self.from_here)
-
-  def last_line(self) -> str:
-    """The last one, "" for none."""
-    return (self.lines() or [""])[-1]
-
-
-def lines_from(file: pathlib.Path, offset: int) -> list[str]:
-  """Lines of a file, from a place in it."""
-  with open(file, "rb") as said:
-    said.seek(offset)
-    return said.read().decode(errors="replace").strip().splitlines()
-
-
-def _place(address: str, number: int, count: int) -> list[str]:
-  if count == 1:
-    return []
-  return [
-    f"--coordinator={address}",
-    f"--process_id={number}",
-    f"--num_processes={count}",
-    f"--peer_timeout={PEER_TIMEOUT}",
-  ]
-
-
-def _free_address() -> str:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
 class Wrong(Exception):
@@ -177,7 +57,7 @@ class Damage:
     place: the checkpoint's folder, which is another one once it has changed.
     changed: when it had, in nanoseconds.
     offset: in what the run says, from where on it has to say so.
-    is_read: whether the next start reads what is damaged.
+    is_read: whether the next start reads it, and would read something else.
   """
 
   place: pathlib.Path
@@ -318,16 +198,18 @@ class Trial:
     if not hit or not files:
       return ""
     path = self.rng.choice(files)
-    how = self._break(path)
     place = path
     while place.parent.name != "checkpoints":
       place = place.parent
+    before = _content(place)
+    how = self._break(path)
+    is_read = self._goes_on(place) and not equal(before, _content(place))
     self.damages.append(
       Damage(
         place,
         place.stat().st_mtime_ns,
         self.folder.with_suffix(".err").stat().st_size,
-        self._is_read(place, path.relative_to(place)),
+        is_read,
       )
     )
     return f"{how} of {path.relative_to(self.folder)}"
@@ -344,14 +226,12 @@ class Trial:
       path.write_bytes(data)
     return how
 
-  def _is_read(self, place: pathlib.Path, file: pathlib.Path) -> bool:
-    """Whether the next start reads a checkpoint's file: the newest's, unless
-    the training has left its model and nobody goes on with it.
+  def _goes_on(self, place: pathlib.Path) -> bool:
+    """Whether the next start reads a checkpoint: the newest, unless the
+    training has left its model and nobody goes on with it.
     """
-    newest = checkpoint_steps(place.parent)[-1] == int(place.name)
-    done = (place.parents[1] / "model" / "settings.json").exists()
-    item = file.parts[0] in ITEMS and file.name not in UNREAD
-    return newest and item and not done
+    newest = checkpoint_steps(place.parent)[-1:] == [int(place.name)]
+    return newest and not (place.parents[1] / "model/settings.json").exists()
 
   def worker(self) -> str:
     """A process that makes batches dies: an error, and no wait."""
@@ -457,6 +337,35 @@ class Trial:
     if set(statuses) != {0}:
       raise Wrong(f"statuses {statuses}: {running.last_line()}")
     return ""
+
+
+def _content(place: pathlib.Path) -> list[Any]:
+  """What a run goes on from: a checkpoint's arrays, and the rest as bytes;
+  None for what cannot be read. Not all files of a checkpoint matter.
+  """
+  found: list[Any] = []
+  for item in ("params", "state"):
+    try:
+      _, tree = load_params(place.parent, step=int(place.name), item=item)
+    except UserError:
+      tree = None
+    found.append(tree)
+  for item in ("data", "host"):
+    file = place / item / "metadata"
+    found.append(file.read_bytes() if file.exists() else None)
+  return found
+
+
+def equal(a: Any, b: Any) -> bool:
+  """Whether two trees, or lists of trees, are the same bit for bit."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+  if isinstance(a, list) and isinstance(b, list):
+    return len(a) == len(b) and all(map(equal, a, b))
+  if a is None or b is None:
+    return a is b
+  a, b = np.asarray(a), np.asarray(b)
+  return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 def _children(process: int) -> list[int]:

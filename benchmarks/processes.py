@@ -17,7 +17,7 @@ import shutil
 import sys
 
 from faults import SUBJECTS
-from faults_hits import Running, Subject
+from faults_runs import Running, Subject
 
 from common.logs import quiet_libraries
 from common.metrics import read_metrics
