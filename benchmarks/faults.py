@@ -210,28 +210,31 @@ def _straight(workdir: pathlib.Path, subject: Subject, commit: str) -> Straight:
     for _ in range(2):
       _clear(folder)
       start = time.monotonic()
-      joined = _finish(subject, folder)
+      joined, steps = _finish(subject, folder)
       seconds = time.monotonic() - start
-    write_json(note, {"commit": commit, "seconds": seconds, "joined": joined})
+    facts = {"seconds": seconds, "joined": joined, "steps": steps}
+    write_json(note, {"commit": commit, **facts})
   facts = read_json(note)
-  return Straight(folder, facts["seconds"], facts["joined"])
+  return Straight(folder, facts["seconds"], facts["joined"], facts["steps"])
 
 
-def _finish(subject: Subject, folder: pathlib.Path) -> float:
+def _finish(subject: Subject, folder: pathlib.Path) -> tuple[float, int]:
   """Runs the command to its end.
 
   Returns:
-    Seconds until the folder has its log: the processes have met by then.
+    Seconds until the processes had found each other, and how many steps were
+    logged.
   """
   start = time.monotonic()
   with Running(subject, folder) as running:
-    while running.is_alive and not (folder / "run.log").exists():
+    while running.is_alive and not running.has_joined:
       time.sleep(0.05)
     joined = time.monotonic() - start
     statuses = running.wait()
+    steps = running.steps()
   if set(statuses) != {0}:
     raise Wrong(f"the run ends with {statuses}: {running.last_line()}")
-  return joined
+  return joined, steps
 
 
 def difference(straight: pathlib.Path, folder: pathlib.Path) -> str:

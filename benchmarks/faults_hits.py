@@ -17,7 +17,9 @@ from faults_runs import PATIENCE, Running, Subject, lines_from
 from common.checkpoint import checkpoint_steps, load_params
 from common.errors import UserError
 
-EARLY = 0.1  # share of hits before several processes have found each other
+EARLY = 0.1  # share of hits while a run starts
+LONGEST_PAUSE = 2.0  # seconds between a step and the hit
+TICK = 0.02
 # Runs a module whose wall clock jumps once. That of Python: what C++ asks for
 # the time, such as the heartbeats of processes, knows nothing of it.
 JUMPING_CLOCK = """
@@ -42,11 +44,13 @@ class Straight:
     folder: of the run.
     seconds: that it took, with its programs compiled.
     joined: seconds after which its processes had found each other.
+    steps: that it has logged.
   """
 
   folder: pathlib.Path
   seconds: float
   joined: float
+  steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +97,23 @@ class Trial:
   def begin(self, wrapper: str = "", *more: str) -> Running:
     """Starts the command, and waits until a random moment of the run.
 
-    Processes wait minutes for one that has never come, so few hits are early.
+    Some moments are before the first step. Of the others more are early than
+    late, for the next hits need a run that has not ended. Machines may be busy,
+    so steps are counted, not seconds.
     """
-    several = self.subject.processes > 1
-    late = several and self.rng.random() > EARLY
-    moment = self.rng.uniform(
-      self.straight.joined if late else 0, self.straight.seconds
-    )
     running = Running(self.subject, self.folder, wrapper, more)
-    until = time.monotonic() + moment
+    steps, pause = 0, self.rng.uniform(0, self.straight.joined)
+    if self.rng.random() > EARLY:
+      steps = round(self.rng.random() ** 2 * self.straight.steps)
+      pause = self.rng.uniform(0, LONGEST_PAUSE)
+      # Processes wait minutes for one that has never come.
+      while running.is_alive and not running.has_joined:
+        time.sleep(TICK)
+    while running.is_alive and running.steps() < steps:
+      time.sleep(TICK)
+    until = time.monotonic() + pause
     while running.is_alive and time.monotonic() < until:
-      time.sleep(0.005)
+      time.sleep(TICK)
     return running
 
   def check_said(self) -> None:

@@ -96,6 +96,17 @@ class Running:
       process.kill()
       process.wait()
 
+  @property
+  def has_joined(self) -> bool:
+    """Whether its devices are known: a start says so, and what it goes on with,
+    once its processes have found each other.
+    """
+    return any(line.startswith("devices  ") for line in self.lines())
+
+  def steps(self) -> int:
+    """How many steps it has logged."""
+    return sum(line.startswith("step ") for line in self.lines())
+
   def lines(self) -> list[str]:
     """What they have written, and whatever else has since then."""
     return lines_from(self.said, self.from_here)
