@@ -45,8 +45,16 @@ def _mount(*arguments: str) -> bool:
 
 def release(folder: pathlib.Path) -> None:
   """Takes away what is mounted over a folder."""
-  while os.path.ismount(folder):
-    subprocess.run(["umount", str(folder)], check=True)
+  while _is_mounted(folder):
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _is_mounted(folder: pathlib.Path) -> bool:
+  # `os.path.ismount` sees no folder that is mounted over itself.
+  mounts = pathlib.Path("/proc/self/mounts")
+  lines = mounts.read_text().splitlines() if mounts.exists() else []
+  name = str(folder).replace("\\", "\\134").replace(" ", "\\040")
+  return name in [line.split(" ")[1] for line in lines]
 
 
 @contextlib.contextmanager
@@ -57,13 +65,22 @@ def read_only(folder: pathlib.Path) -> Iterator[None]:
     Impossible: without the right to mount.
   """
   _check_right(folder.parent)
+  # Ready before it is mounted: nobody is to open a file in between.
+  ready = folder.with_suffix(".ready")
+  ready.mkdir(exist_ok=True)
   try:
-    for options in (["--bind"], ["-o", "remount,ro,bind"]):
-      if not _mount(*options, str(folder), str(folder)):
+    for arguments in (
+      ("--bind", folder, ready),
+      ("-o", "remount,ro,bind", ready),
+      ("--bind", ready, folder),
+    ):
+      if not _mount(*map(str, arguments)):
         raise Impossible
     yield
   finally:
     release(folder)
+    release(ready)
+    ready.rmdir()
 
 
 @contextlib.contextmanager
