@@ -170,6 +170,8 @@ def _trial(
   hits, wrong, kind = [], "", ""
   try:
     for _ in range(args.hits):
+      if trial.is_finished():
+        break
       (kind,) = rng.choices(
         list(KINDS), [weight for _, weight in KINDS.values()]
       )

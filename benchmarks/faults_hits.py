@@ -18,7 +18,7 @@ from common.checkpoint import checkpoint_steps, load_params
 from common.errors import UserError
 
 EARLY = 0.1  # share of hits while a run starts
-LONGEST_PAUSE = 2.0  # seconds between a step and the hit
+LONGEST_PAUSE = 0.5  # seconds between a step and the hit
 TICK = 0.02
 # Runs a module whose wall clock jumps once. That of Python: what C++ asks for
 # the time, such as the heartbeats of processes, knows nothing of it.
@@ -116,6 +116,16 @@ class Trial:
       time.sleep(TICK)
     return running
 
+  def is_finished(self) -> bool:
+    """Whether the last checkpoints of all trainings are there."""
+    straight = self.straight.folder
+    return all(
+      (self.folder / place.relative_to(straight)).exists()
+      and checkpoint_steps(self.folder / place.relative_to(straight))[-1:]
+      == checkpoint_steps(place)[-1:]
+      for place in straight.rglob("checkpoints")
+    )
+
   def check_said(self) -> None:
     """What was damaged and had to be read has been reported, in the end."""
     for damage in self.damages:
@@ -155,7 +165,7 @@ class Trial:
         self._check_survivors(running, victim)
       elif set(statuses) - allowed:
         raise Wrong(f"SIGTERM: statuses {statuses}: {running.last_line()}")
-      elif 0 in statuses and not self._is_finished():
+      elif 0 in statuses and not self.is_finished():
         raise Wrong(f"SIGTERM: statuses {statuses} of a run that goes on")
       return f"statuses {statuses}"
 
@@ -292,23 +302,13 @@ class Trial:
       with full_disk(self.folder):
         statuses = running.wait()
       if set(statuses) == {0}:
-        if not self._is_finished():
+        if not self.is_finished():
           raise Wrong("a full disk: status 0 of a run that goes on")
         return "went on"
       return self._said(running, statuses, FULL)
 
   def _has_begun(self) -> bool:
     return any(self.folder.rglob("metrics.jsonl"))
-
-  def _is_finished(self) -> bool:
-    """Whether the last checkpoints of all trainings are there."""
-    straight = self.straight.folder
-    return all(
-      (self.folder / place.relative_to(straight)).exists()
-      and checkpoint_steps(self.folder / place.relative_to(straight))[-1:]
-      == checkpoint_steps(place)[-1:]
-      for place in straight.rglob("checkpoints")
-    )
 
   def _check_survivors(
     self, running: Running, victim: subprocess.Popen
@@ -320,7 +320,7 @@ class Trial:
       status = process.returncode
       if process is victim or status not in (0, 2, 128 + signal.SIGTERM):
         continue
-      if status != 0 or not self._is_finished():
+      if status != 0 or not self.is_finished():
         raise Wrong(f"a survivor's status {status}: {running.last_line()}")
 
   def _said(self, running: Running, statuses: list[int], what: str) -> str:
