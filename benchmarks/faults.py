@@ -4,15 +4,21 @@ r"""Random faults, and whether the run that was hit is the one that was not.
 
 Every trial trains a small run of one project, as one process or several, and
 hits it a few times at random moments: kill -9, SIGTERM, a stopped process, a
-clock that jumps, damaged checkpoints, a folder that cannot be written, a second
-run in the same folder, a dead worker. After each hit the same command starts
-again. In the end every logged number and every parameter has to be the one of
-the run that nothing has hit, bit for bit: a batch that was lost or repeated
-shows in both. What a process says and with which status it ends is checked as
-well. `damage` is a kill and then a damaged file.
+clock that jumps, damaged checkpoints, a folder that cannot be written, a full
+disk, a second run in the same folder, a dead worker. After each hit the same
+command starts again. In the end every logged number and every parameter has to
+be the one of the run that nothing has hit, bit for bit: a batch that was lost
+or repeated shows in both. What a process says and with which status it ends is
+checked as well. `damage` is a kill and then a damaged file. `read_only` and
+`full` take the right to mount; where it is missing, the page says so.
+
+Left to tests is what takes other data or another model: a loss that is not
+finite (tests/common/test_faults.py) and a truncated shard
+(tests/common/data/test_sources.py). Only Python's wall clock jumps.
 
 Trials are drawn from the seed and their number. What has finished stands in
-`results.jsonl`; the same command goes on where it was stopped.
+`results.jsonl`; the same command goes on where it was stopped, and other ones
+are refused in that folder, but for more trials.
 """
 
 import argparse
@@ -26,37 +32,50 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-from faults_hits import KINDS, Running, Subject, Trial, Wrong
+from faults_hits import KINDS, Straight, Trial, Wrong, equal
+from faults_mounts import Impossible, release
+from faults_runs import ROOT, Running, Subject
 
 from common.checkpoint import checkpoint_steps, load_params
 from common.errors import UserError
+from common.files import read_json, write_json
 from common.logs import quiet_libraries
 from common.metrics import CLOCKS, read_metrics
 
+IMPOSSIBLE = "not possible here"
 OFTEN = (
   "--config.checkpoint.every=2", "--config.checkpoint.keep=3",
   "--config.log.every=1",
 )  # fmt: skip
-SUBJECTS = {
+SUBJECTS = {  # a few checkpoints and evaluations, and little to compile
   "birdie": (
     "birdie.main", "--config=configs/birdie.py:smoke",
-    "--config.data.sequence_length=64", "--config.num_steps=24", *OFTEN,
+    "--config.data.sequence_length=64", "--config.num_steps=24",
+    "--config.model.layers=2", "--config.retrieval.every=24",
+    "--config.controller.schedule=8", *OFTEN,
   ),
   "udim": (
     "udim.main", "--config=configs/udim.py:train,smoke",
     "--config.num_steps=24", *OFTEN,
   ),
   "slimsam": (
-    "slimsam.main", "--config=configs/slimsam.py:smoke", *OFTEN,
+    "slimsam.main", "--config=configs/slimsam.py:smoke",
+    "--config.teacher.num_steps=8", "--config.teacher.every=8",
+    "--config.data.images=16", "--config.distill.epochs=2",
+    "--config.evaluation.images=2", "--config.evaluation.prompts=('point',)",
+    "--config.evaluation.choices=('single',)", "--config.export=('native',)",
+    *OFTEN,
   ),
   "thor": (
     "thor.main", "--config=configs/thor.py:smoke",
-    "--config.num_steps=24", "--config.data.source.rows=60",
-    "--config.data.source.test_rows=2", "--config.data.source.names=10",
-    "--config.vocabulary.size=256", "--config.translation.modes=()",
+    "--config.num_steps=24", "--config.data.source.languages=('de',)",
+    "--config.data.source.rows=60", "--config.data.source.test_rows=2",
+    "--config.data.source.names=10", "--config.vocabulary.size=256",
+    "--config.model.encoder_layers=1", "--config.model.decoder_layers=1",
+    "--config.model.expert_layers=all", "--config.translation.modes=()",
+    "--config.translation.rows=1", "--config.translation.max_extra=1",
     "--config.data.token_budget=512", "--config.data.lengths=(64,)",
-    "--config.evaluation.every=8", *OFTEN,
+    "--config.evaluation.every=12", *OFTEN,
   ),
 }  # fmt: skip
 
@@ -77,6 +96,8 @@ def main() -> int:
   quiet_libraries()
   workdir = pathlib.Path(args.workdir).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
+  _check_settings(workdir / "settings.json", args)
+  commit = _commit()
   subjects = [
     Subject(f"{name} x {count}", SUBJECTS[name], int(count))
     for count in args.processes.split(",")
@@ -87,14 +108,41 @@ def main() -> int:
   for number in range(args.trials):
     if number in done:
       continue
-    record = _trial(workdir, subjects, args, number)
+    record = _trial(workdir, subjects, args, number, commit)
     done[number] = record
     with open(results, "a") as file:
       file.write(json.dumps(record) + "\n")
     print(f"trial {number}: {record}", flush=True)
+  records = [done[number] for number in range(args.trials)]
   print(f"\nSeed {args.seed}, trials 0 to {args.trials - 1}.\n")
-  print(table([done[number] for number in range(args.trials)]))
-  return int(any(record["wrong"] for record in done.values()))
+  print(table(records))
+  return int(any(record["wrong"] for record in records))
+
+
+def _check_settings(file: pathlib.Path, args: Any) -> None:
+  """Trials in a folder are those of one seed and one set of runs."""
+  names = ("seed", "hits", "subjects", "processes")
+  ours = {name: getattr(args, name) for name in names}
+  if not file.exists():
+    write_json(file, ours)
+  for name, value in read_json(file).items():
+    if value != ours[name]:
+      sys.exit(
+        f"error: --{name}={ours[name]}, but the trials in {file.parent} have "
+        f"--{name}={value}: choose another --workdir"
+      )
+
+
+def _commit() -> str:
+  """What is tested: a commit, and whether files have changed since."""
+  command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+  try:
+    found = subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return found.stdout.strip()
 
 
 def _read(path: pathlib.Path) -> dict[int, dict[str, Any]]:
@@ -105,58 +153,90 @@ def _read(path: pathlib.Path) -> dict[int, dict[str, Any]]:
 
 
 def _trial(
-  workdir: pathlib.Path, subjects: list[Subject], args: Any, number: int
+  workdir: pathlib.Path,
+  subjects: list[Subject],
+  args: Any,
+  number: int,
+  commit: str,
 ) -> dict[str, Any]:
   """Hits a run, lets it end, and compares it with the one nothing has hit."""
   rng = random.Random(f"{args.seed}/{number}")
   subject = subjects[number % len(subjects)]
-  straight, seconds = _straight(workdir, subject)
+  straight = _straight(workdir, subject, commit)
   folder = workdir / f"trial{number}"
-  shutil.rmtree(folder, ignore_errors=True)
-  trial = Trial(subject, folder, seconds, rng)
-  hits, wrong = [], ""
+  _clear(folder)
+  start = time.monotonic()
+  trial = Trial(subject, folder, straight, rng)
+  hits, wrong, kind = [], "", ""
   try:
     for _ in range(args.hits):
+      if trial.is_finished():
+        break
       (kind,) = rng.choices(
         list(KINDS), [weight for _, weight in KINDS.values()]
       )
-      what = KINDS[kind][0](trial)
+      try:
+        what = KINDS[kind][0](trial)
+      except Impossible:
+        what = IMPOSSIBLE
       if what:
         hits.append([kind, what])
+    kind = "the end"
     _finish(subject, folder)
-    wrong = difference(straight, folder)
+    trial.check_said()
+    wrong = difference(straight.folder, folder)
   except (Wrong, UserError, subprocess.TimeoutExpired) as error:
     wrong = f"{type(error).__name__}: {error}"
+    wrong += f" (at {kind}, after {len(hits)} hits)"
   if not wrong:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".err").unlink()
+    _clear(folder)
   return {
     "trial": number, "subject": subject.name, "hits": hits, "wrong": wrong,
+    "seconds": round(time.monotonic() - start, 1), "commit": commit,
   }  # fmt: skip
 
 
-def _straight(
-  workdir: pathlib.Path, subject: Subject
-) -> tuple[pathlib.Path, float]:
-  """The run that nothing hits, and how long it takes with programs compiled."""
+def _clear(folder: pathlib.Path) -> None:
+  """Removes a run and what it has said."""
+  if folder.exists():
+    release(folder)
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.with_suffix(".err").unlink(missing_ok=True)
+
+
+def _straight(workdir: pathlib.Path, subject: Subject, commit: str) -> Straight:
+  """The run of this commit that nothing hits, with its programs compiled."""
   folder = workdir / subject.name.replace(" ", "_")
-  note = workdir / f"{folder.name}.json"
-  if not note.exists():
+  note = folder.with_suffix(".json")
+  if not note.exists() or read_json(note)["commit"] != commit:
     for _ in range(2):
-      shutil.rmtree(folder, ignore_errors=True)
+      _clear(folder)
       start = time.monotonic()
-      _finish(subject, folder)
+      joined, steps = _finish(subject, folder)
       seconds = time.monotonic() - start
-    note.write_text(json.dumps(seconds))
-  return folder, json.loads(note.read_text())
+    facts = {"seconds": seconds, "joined": joined, "steps": steps}
+    write_json(note, {"commit": commit, **facts})
+  facts = read_json(note)
+  return Straight(folder, facts["seconds"], facts["joined"], facts["steps"])
 
 
-def _finish(subject: Subject, folder: pathlib.Path) -> None:
-  """Runs the command to its end."""
+def _finish(subject: Subject, folder: pathlib.Path) -> tuple[float, int]:
+  """Runs the command to its end.
+
+  Returns:
+    Seconds until the processes had found each other, and how many steps were
+    logged.
+  """
+  start = time.monotonic()
   with Running(subject, folder) as running:
+    while running.is_alive and not running.has_joined:
+      time.sleep(0.05)
+    joined = time.monotonic() - start
     statuses = running.wait()
+    steps = running.steps()
   if set(statuses) != {0}:
     raise Wrong(f"the run ends with {statuses}: {running.last_line()}")
+  return joined, steps
 
 
 def difference(straight: pathlib.Path, folder: pathlib.Path) -> str:
@@ -172,7 +252,7 @@ def difference(straight: pathlib.Path, folder: pathlib.Path) -> str:
       return f"{place}, line {index + 1}"
     _, expected = load_params(file.parent / "checkpoints")
     _, found = load_params(folder / place.parent / "checkpoints")
-    if not _equal(expected, found):
+    if not equal(expected, found):
       return f"parameters of {place.parent}"
     steps = [checkpoint_steps(base / place.parent / "checkpoints")[-1]
              for base in (straight, folder)]  # fmt: skip
@@ -193,18 +273,13 @@ def _logged(file: pathlib.Path) -> list[dict[str, Any]]:
   ]
 
 
-def _equal(a: Any, b: Any) -> bool:
-  if isinstance(a, dict):
-    return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-  return np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 def table(records: list[dict[str, Any]]) -> str:
-  """Hits by kind and subject, and what went wrong."""
+  """Hits by kind and subject, what could not be done, and what went wrong."""
   counts = collections.Counter(
     (record["subject"], kind)
     for record in records
-    for kind, _ in record["hits"]
+    for kind, what in record["hits"]
+    if what != IMPOSSIBLE
   )
   subjects = list(dict.fromkeys(record["subject"] for record in records))
   rows = [["run x processes", "trials", *KINDS, "equal in the end"]]
@@ -221,12 +296,25 @@ def table(records: list[dict[str, Any]]) -> str:
   rows.append(["all", str(len(records)), *sums, f"{equal} of {len(records)}"])
   lines = ["| " + " | ".join(row) + " |" for row in rows]
   lines.insert(1, "|" + "---|" * len(rows[0]))
-  wrong = [
-    f"trial {record['trial']}, {record['subject']}: {record['wrong']}"
+  return "\n".join([*lines, "", *_remarks(records)])
+
+
+def _remarks(records: list[dict[str, Any]]) -> list[str]:
+  commits = collections.Counter(record["commit"] for record in records)
+  impossible = {
+    kind
     for record in records
-    if record["wrong"]
-  ]
-  return "\n".join([*lines, "", *wrong])
+    for kind, what in record["hits"]
+    if what == IMPOSSIBLE
+  }
+  return [
+    "Commits: "
+    + ", ".join(f"{commit} ({n} trials)" for commit, n in commits.items()),
+    *(f"{kind}: {IMPOSSIBLE}, for want of the right to mount"
+      for kind in sorted(impossible)),
+    *(f"trial {record['trial']}, {record['subject']}: {record['wrong']}"
+      for record in records if record["wrong"]),
+  ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,142 +1,79 @@
 """How a run can be hit; see `faults.py`."""
 
-import contextlib
 import dataclasses
 import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
-from common.checkpoint import checkpoint_steps
+import numpy as np
+from faults_mounts import FULL, full_disk, own_disk, read_only
+from faults_runs import PATIENCE, Running, Subject, lines_from
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATIENCE = 600.0  # seconds in which processes have to end by themselves
-PEER_TIMEOUT = 30  # seconds of silence after which a process is given up
-# Runs a module whose wall clock jumps once, at a random moment, by up to a
-# year, forward or back.
+from common.checkpoint import checkpoint_steps, load_params
+from common.errors import UserError
+
+EARLY = 0.1  # share of hits while a run starts
+LONGEST_PAUSE = 0.5  # seconds between a step and the hit
+TICK = 0.02
+# Runs a module whose wall clock jumps once. That of Python: what C++ asks for
+# the time, such as the heartbeats of processes, knows nothing of it.
 JUMPING_CLOCK = """
-import random, runpy, sys, time
+import runpy, sys, time
 real, start = time.time, time.monotonic()
-moment, jump = random.uniform(0, 10), random.uniform(-3e7, 3e7)
-time.time = lambda: real() + jump * (time.monotonic() - start > moment)
+time.time = lambda: real() + {jump} * (time.monotonic() - start > {moment})
+time.time_ns = lambda: int(time.time() * 1e9)
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What is hit.
-
-  Attributes:
-    name: of the project, with the number of processes.
-    arguments: of Python, without the folder.
-    processes: that make the run.
-  """
-
-  name: str
-  arguments: tuple[str, ...]
-  processes: int
-
-
-class Running:
-  """The processes of a run.
-
-  Args:
-    subject: what runs.
-    folder: the run's. What the processes say is in the file beside it.
-    wrapper: a program that runs the module it is given, in Python's place.
-    more: arguments.
-    devices: of each process.
-  """
-
-  def __init__(
-    self,
-    subject: Subject,
-    folder: pathlib.Path,
-    wrapper: str = "",
-    more: tuple[str, ...] = (),
-    devices: int = 2,
-  ):
-    self.said = folder.with_suffix(".err")
-    address = _free_address()
-    with open(self.said, "ab") as err:
-      self.from_here = err.tell()
-      self.processes = [
-        subprocess.Popen(
-          [
-            sys.executable,
-            *(["-c", wrapper] if wrapper else ["-m"]),
-            *subject.arguments,
-            *more,
-            f"--workdir={folder}",
-            *_place(address, i, subject.processes),
-          ],
-          cwd=ROOT,
-          env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
-          stdout=subprocess.DEVNULL,
-          stderr=err,
-        )
-        for i in range(subject.processes)
-      ]
-
-  @property
-  def is_alive(self) -> bool:
-    """Whether none of them has ended."""
-    return all(process.poll() is None for process in self.processes)
-
-  def one(self, rng: random.Random) -> subprocess.Popen:
-    """Any of them."""
-    return rng.choice(self.processes)
-
-  def wait(self) -> list[int]:
-    """All statuses; raises where a process goes on and on."""
-    until = time.monotonic() + PATIENCE
-    for process in self.processes:
-      process.wait(max(until - time.monotonic(), 0.01))
-    return [process.returncode for process in self.processes]
-
-  def __enter__(self) -> "Running":
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    """Leaves nothing behind."""
-    for process in self.processes:
-      process.kill()
-      process.wait()
-
-  def last_line(self) -> str:
-    """The last line that one of them has written, "" for none."""
-    with open(self.said, "rb") as err:
-      err.seek(self.from_here)
-      lines = err.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _place(address: str, number: int, count: int) -> list[str]:
-  if count == 1:
-    return []
-  return [
-    f"--coordinator={address}",
-    f"--process_id={number}",
-    f"--num_processes={count}",
-    f"--peer_timeout={PEER_TIMEOUT}",
-  ]
-
-
-def _free_address() -> str:
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 class Wrong(Exception):
   """A fault did what it must not do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Straight:
+  """The run that nothing has hit.
+
+  Attributes:
+    folder: of the run.
+    seconds: that it took, with its programs compiled.
+    joined: seconds after which its processes had found each other.
+    steps: that it has logged.
+  """
+
+  folder: pathlib.Path
+  seconds: float
+  joined: float
+  steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+  """A checkpoint that was damaged.
+
+  Attributes:
+    place: the checkpoint's folder, which is another one once it has changed.
+    changed: when it had, in nanoseconds.
+    offset: in what the run says, from where on it has to say so.
+    is_read: whether the next start reads it, and would read something else.
+  """
+
+  place: pathlib.Path
+  changed: int
+  offset: int
+  is_read: bool
+
+  @property
+  def is_there(self) -> bool:
+    """Whether the checkpoint has not been replaced or removed."""
+    place = self.place
+    return place.exists() and place.stat().st_mtime_ns == self.changed
 
 
 @dataclasses.dataclass
@@ -146,22 +83,56 @@ class Trial:
   Attributes:
     subject: what runs.
     folder: of the run.
-    seconds: that an undisturbed run takes.
+    straight: the same without a hit.
     rng: of everything drawn.
+    damages: of checkpoints, so far.
   """
 
   subject: Subject
   folder: pathlib.Path
-  seconds: float
+  straight: Straight
   rng: random.Random
+  damages: list[Damage] = dataclasses.field(default_factory=list)
 
   def begin(self, wrapper: str = "", *more: str) -> Running:
-    """Starts the command, and waits until a random moment of the run."""
+    """Starts the command, and waits until a random moment of the run.
+
+    Some moments are before the first step. Of the others more are early than
+    late, for the next hits need a run that has not ended. Machines may be busy,
+    so steps are counted, not seconds.
+    """
     running = Running(self.subject, self.folder, wrapper, more)
-    until = time.monotonic() + self.rng.uniform(0, self.seconds)
+    steps, pause = 0, self.rng.uniform(0, self.straight.joined)
+    if self.rng.random() > EARLY:
+      steps = round(self.rng.random() ** 2 * self.straight.steps)
+      pause = self.rng.uniform(0, LONGEST_PAUSE)
+      # Processes wait minutes for one that has never come.
+      while running.is_alive and not running.has_joined:
+        time.sleep(TICK)
+    while running.is_alive and running.steps() < steps:
+      time.sleep(TICK)
+    until = time.monotonic() + pause
     while running.is_alive and time.monotonic() < until:
-      time.sleep(0.005)
+      time.sleep(TICK)
     return running
+
+  def is_finished(self) -> bool:
+    """Whether the last checkpoints of all trainings are there."""
+    straight = self.straight.folder
+    return all(
+      (self.folder / place.relative_to(straight)).exists()
+      and checkpoint_steps(self.folder / place.relative_to(straight))[-1:]
+      == checkpoint_steps(place)[-1:]
+      for place in straight.rglob("checkpoints")
+    )
+
+  def check_said(self) -> None:
+    """What was damaged and had to be read has been reported, in the end."""
+    for damage in self.damages:
+      wanted = f"checkpoint {damage.place.name} cannot be read"
+      said = lines_from(self.folder.with_suffix(".err"), damage.offset)
+      if damage.is_read and not any(wanted in line for line in said):
+        raise Wrong(f"nobody said: {wanted}")
 
   # Each hits once and returns what it did, "" where the run had ended before.
 
@@ -170,10 +141,12 @@ class Trial:
     with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
-      running.one(self.rng).kill()
+      victim = running.one(self.rng)
+      victim.kill()
       statuses = running.wait()
       if statuses.count(0) == len(statuses):
         return ""
+      self._check_survivors(running, victim)
       return f"statuses {statuses}"
 
   def term(self) -> str:
@@ -181,16 +154,19 @@ class Trial:
     with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
-      running.one(self.rng).terminate()
+      victim = running.one(self.rng)
+      victim.terminate()
       statuses = running.wait()
       # Before Python has read what it is to do with it, the signal kills; and
       # what ends in the same moment has ended.
       allowed = {143, -signal.SIGTERM, 0}
-      lost = set(statuses) - allowed
-      if self.subject.processes > 1 and -signal.SIGTERM in statuses:
-        lost = set()  # the others have lost a peer that had not joined yet
-      if lost:
+      if self.subject.processes > 1 and victim.returncode == -signal.SIGTERM:
+        # The others have lost a peer that had not joined yet.
+        self._check_survivors(running, victim)
+      elif set(statuses) - allowed:
         raise Wrong(f"SIGTERM: statuses {statuses}: {running.last_line()}")
+      elif 0 in statuses and not self.is_finished():
+        raise Wrong(f"SIGTERM: statuses {statuses} of a run that goes on")
       return f"statuses {statuses}"
 
   def stop(self) -> str:
@@ -208,34 +184,57 @@ class Trial:
         if process is not still:
           process.wait(PATIENCE)
       still.kill()
-      return f"statuses {running.wait()}"
+      statuses = running.wait()
+      self._check_survivors(running, still)
+      return f"statuses {statuses}"
 
   def clock(self) -> str:
-    """The wall clock jumps: nothing happens, or a save is given up."""
-    with self.begin(JUMPING_CLOCK) as running:
+    """The wall clock jumps by up to a year, forward or back: nothing happens,
+    or a save is given up.
+    """
+    wrapper = JUMPING_CLOCK.format(
+      jump=self.rng.uniform(-3e7, 3e7),
+      moment=self.rng.uniform(0, self.straight.seconds),
+    )
+    with self.begin(wrapper) as running:
       statuses = running.wait()
-      line = running.last_line()
       if set(statuses) == {0}:
         return "went on"
-      if "clock has jumped" not in line:
-        raise Wrong(f"a clock that jumps: statuses {statuses}: {line}")
-      return line
+      return self._said(running, statuses, "clock has jumped")
 
   def damage(self) -> str:
     """A checkpoint's file loses a bit, its end, or itself, where there is
-    another checkpoint to go on from.
+    another checkpoint to go on from; see `check_said`.
     """
     hit = self.kill()
     files = [
       path
       for folder in sorted(self.folder.rglob("checkpoints"))
       if len(checkpoint_steps(folder)) > 1
-      for path in sorted(folder.glob("*/**/*"))
-      if path.is_file()
+      and not any(d.is_there and d.place.parent == folder for d in self.damages)
+      for path in sorted(folder.glob("[0-9]*/**/*"))
+      if path.is_file() and "tmp" not in path.relative_to(folder).parts[0]
     ]
     if not hit or not files:
       return ""
     path = self.rng.choice(files)
+    place = path
+    while place.parent.name != "checkpoints":
+      place = place.parent
+    before = _content(place)
+    how = self._break(path)
+    is_read = self._goes_on(place) and not equal(before, _content(place))
+    self.damages.append(
+      Damage(
+        place,
+        place.stat().st_mtime_ns,
+        self.folder.with_suffix(".err").stat().st_size,
+        is_read,
+      )
+    )
+    return f"{how} of {path.relative_to(self.folder)}"
+
+  def _break(self, path: pathlib.Path) -> str:
     data = bytearray(path.read_bytes())
     how = self.rng.choice(("bit", "end", "all")) if data else "all"
     if how == "all":
@@ -245,7 +244,14 @@ class Trial:
     else:
       data[self.rng.randrange(len(data))] ^= 1 << self.rng.randrange(8)
       path.write_bytes(data)
-    return f"{how} of {path.relative_to(self.folder)}"
+    return how
+
+  def _goes_on(self, place: pathlib.Path) -> bool:
+    """Whether the next start reads a checkpoint: the newest, unless the
+    training has left its model and nobody goes on with it.
+    """
+    newest = checkpoint_steps(place.parent)[-1:] == [int(place.name)]
+    return newest and not (place.parents[1] / "model/settings.json").exists()
 
   def worker(self) -> str:
     """A process that makes batches dies: an error, and no wait."""
@@ -270,27 +276,70 @@ class Trial:
         return self._ended(running)
       with Running(self.subject, self.folder) as second:
         statuses = second.wait()
+        said = "\n".join(second.lines())
       if not running.is_alive:
         return self._ended(running)
-      if 2 not in statuses:
-        raise Wrong(f"a second run: statuses {statuses}")
+      if 2 not in statuses or "a run is at work in" not in said:
+        raise Wrong(f"a second run: statuses {statuses}: {said}")
       return self._ended(running) or "refused"
 
   def read_only(self) -> str:
     """The folder cannot be written any more: one line, status 1."""
-    with self.begin() as running, _read_only(self.folder) as mounted:
-      if not mounted or not running.is_alive:
+    with self.begin() as running:
+      if not running.is_alive or not self._has_begun():
         return self._ended(running)
-      statuses = running.wait()
-      line = running.last_line()
+      with read_only(self.folder):
+        statuses = running.wait()
       if set(statuses) == {0}:
         return ""
-      if 1 not in statuses or not line.startswith("error: "):
-        raise Wrong(f"a read-only folder: statuses {statuses}: {line}")
-      return line
+      return self._said(running, statuses, "Read-only file system")
+
+  def full(self) -> str:
+    """The disk is full from a moment on: one line, status 1, or the end."""
+    with own_disk(self.folder), self.begin() as running:
+      if not running.is_alive:
+        return self._ended(running)
+      with full_disk(self.folder):
+        statuses = running.wait()
+      if set(statuses) == {0}:
+        if not self.is_finished():
+          raise Wrong("a full disk: status 0 of a run that goes on")
+        return "went on"
+      return self._said(running, statuses, FULL)
 
   def _has_begun(self) -> bool:
     return any(self.folder.rglob("metrics.jsonl"))
+
+  def _check_survivors(
+    self, running: Running, victim: subprocess.Popen
+  ) -> None:
+    """Who has lost a peer fails: neither done, nor preempted, nor refused, for
+    launchers would not try again.
+    """
+    for process in running.processes:
+      status = process.returncode
+      if process is victim or status not in (0, 2, 128 + signal.SIGTERM):
+        continue
+      if status != 0 or not self.is_finished():
+        raise Wrong(f"a survivor's status {status}: {running.last_line()}")
+
+  def _said(self, running: Running, statuses: list[int], what: str) -> str:
+    """The one line that says it, with status 1; a start may refuse a folder
+    that cannot be written, with status 2.
+    """
+    lines = running.lines()
+    found = [line for line in lines if line.startswith("error: ")]
+    right = [line for line in found if what in line]
+    status = 1
+    if any("cannot write to workdir" in line for line in right):
+      status = 2
+    traced = any(line.startswith("Traceback") for line in lines)
+    alone = self.subject.processes == 1
+    if not right or status not in statuses or (alone and traced):
+      raise Wrong(
+        f"{what!r} expected, statuses {statuses}: {running.last_line()}"
+      )
+    return right[0]
 
   def _ended(self, running: Running) -> str:
     """Nothing was hit: the run has to end well, or be told why not."""
@@ -298,6 +347,35 @@ class Trial:
     if set(statuses) != {0}:
       raise Wrong(f"statuses {statuses}: {running.last_line()}")
     return ""
+
+
+def _content(place: pathlib.Path) -> list[Any]:
+  """What a run goes on from: a checkpoint's arrays, and the rest as bytes;
+  None for what cannot be read. Not all files of a checkpoint matter.
+  """
+  found: list[Any] = []
+  for item in ("params", "state"):
+    try:
+      _, tree = load_params(place.parent, step=int(place.name), item=item)
+    except UserError:
+      tree = None
+    found.append(tree)
+  for item in ("data", "host"):
+    file = place / item / "metadata"
+    found.append(file.read_bytes() if file.exists() else None)
+  return found
+
+
+def equal(a: Any, b: Any) -> bool:
+  """Whether two trees, or lists of trees, are the same bit for bit."""
+  if isinstance(a, dict) and isinstance(b, dict):
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+  if isinstance(a, list) and isinstance(b, list):
+    return len(a) == len(b) and all(map(equal, a, b))
+  if a is None or b is None:
+    return a is b
+  a, b = np.asarray(a), np.asarray(b)
+  return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
 def _children(process: int) -> list[int]:
@@ -313,24 +391,6 @@ def _children(process: int) -> list[int]:
     return []
 
 
-@contextlib.contextmanager
-def _read_only(folder: pathlib.Path) -> Iterator[bool]:
-  """Whether the folder could be made read-only, which takes a mount."""
-  made = 0
-  try:
-    if any(folder.rglob("metrics.jsonl")):
-      for options in (["--bind"], ["-o", "remount,ro,bind"]):
-        command = ["mount", *options, str(folder), str(folder)]
-        found = subprocess.run(command, capture_output=True, check=False)
-        if found.returncode:
-          break
-        made += 1
-    yield made == 2
-  finally:
-    if made:
-      subprocess.run(["umount", str(folder)], check=True)
-
-
 KINDS: dict[str, tuple[Callable[[Trial], str], int]] = {  # with their weights
   "kill": (Trial.kill, 10),
   "term": (Trial.term, 3),
@@ -340,4 +400,5 @@ KINDS: dict[str, tuple[Callable[[Trial], str], int]] = {  # with their weights
   "worker": (Trial.worker, 1),
   "twin": (Trial.twin, 1),
   "read_only": (Trial.read_only, 1),
+  "full": (Trial.full, 1),
 }

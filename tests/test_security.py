@@ -73,7 +73,7 @@ ALLOWED = {
   ("tests/*", "jax.export.deserialize"): "of what the test has written",
   ("tests/*", "exec"): "runs what our own pages show",
   ("tests/*", "socket"): "finds a free port of 127.0.0.1",
-  ("benchmarks/faults_hits.py", "socket"): "finds a free port of 127.0.0.1",
+  ("benchmarks/faults_runs.py", "socket"): "finds a free port of 127.0.0.1",
   ("tests/birdie/test_weights.py", "shell=True"): "runs our own page's command",
 }
 
