@@ -223,13 +223,14 @@ class Trial:
       place = place.parent
     before = _content(place)
     how = self._break(path)
-    is_read = self._goes_on(place) and not equal(before, _content(place))
+    # A start has shardings of its own and does without those of the file.
+    matters = path.name != "_sharding" and not equal(before, _content(place))
     self.damages.append(
       Damage(
         place,
         place.stat().st_mtime_ns,
         self.folder.with_suffix(".err").stat().st_size,
-        is_read,
+        matters and self._goes_on(place),
       )
     )
     return f"{how} of {path.relative_to(self.folder)}"
