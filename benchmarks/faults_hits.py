@@ -97,14 +97,15 @@ class Trial:
   def begin(self, wrapper: str = "", *more: str) -> Running:
     """Starts the command, and waits until a random moment of the run.
 
-    Some moments are before the first step. Of the others more are early than
-    late, for the next hits need a run that has not ended. Machines may be busy,
-    so steps are counted, not seconds.
+    Some moments are before the first step. Of the others, in what is left of
+    the run, more are early than late, for the next hits need one that has not
+    ended. Machines may be busy, so steps are counted, not seconds.
     """
     running = Running(self.subject, self.folder, wrapper, more)
     steps, pause = 0, self.rng.uniform(0, self.straight.joined)
     if self.rng.random() > EARLY:
-      steps = round(self.rng.random() ** 2 * self.straight.steps)
+      left = self.straight.steps - self.saved()
+      steps = round(self.rng.random() ** 2 * left)
       pause = self.rng.uniform(0, LONGEST_PAUSE)
       # Processes wait minutes for one that has never come.
       while running.is_alive and not running.has_joined:
@@ -115,6 +116,11 @@ class Trial:
     while running.is_alive and time.monotonic() < until:
       time.sleep(TICK)
     return running
+
+  def saved(self) -> int:
+    """Steps of all trainings that a start goes on from."""
+    found = map(checkpoint_steps, self.folder.rglob("checkpoints"))
+    return sum(steps[-1] for steps in found if steps)
 
   def is_finished(self) -> bool:
     """Whether the last checkpoints of all trainings are there."""

@@ -1,9 +1,11 @@
 """Files that a reader sees whole, whenever the writer is killed."""
 
+import contextlib
 import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from common.errors import UserError
@@ -44,8 +46,22 @@ def replace(path: Any, content: bytes | str) -> None:
   """
   data = content.encode() if isinstance(content, str) else content
   new = path.with_name(f"{path.name}.new")
-  new.write_bytes(data)
-  new.replace(path)
+  with refusals_of(path):
+    new.write_bytes(data)
+    new.replace(path)
+
+
+@contextlib.contextmanager
+def refusals_of(path: Any) -> Iterator[None]:
+  """Gives errors of storage the place that they do not name, as a write to an
+  open file does not.
+  """
+  try:
+    yield
+  except OSError as error:
+    if storage_error(error) and not error.filename:
+      raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    raise
 
 
 def write_json(file: Any, content: Any) -> None:

@@ -176,7 +176,10 @@ class MetricWriter:
       if time.monotonic() - self._synced >= UPLOAD_SECONDS:
         self.flush()
       return
-    with open(self._path, "ab+") as file:
+    with (
+      files.refusals_of(self._path),
+      open(self._path, "ab+") as file,
+    ):
       if not self._is_checked:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))

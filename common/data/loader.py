@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import RunError, UserError
 
 Batch = Mapping[str, np.ndarray]
 
@@ -213,9 +213,14 @@ class _Crew:
     if self._pool is None:
       make = functools.partial(self._fetch, k, arg)
     else:
-      made = self._pool.submit(_fetch_in_worker, k, arg)
+      with _one_line():
+        made = self._pool.submit(_fetch_in_worker, k, arg)
       result.add_done_callback(lambda r: r.cancelled() and made.cancel())
-      make = made.result
+
+      def make() -> Batch:
+        with _one_line():
+          return made.result()
+
     self._tasks.put((result, make))
     return result
 
@@ -243,6 +248,18 @@ class _Crew:
         result.set_result(value)
       # Nothing of a batch may stay alive while the thread waits.
       task = result = make = value = None
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+  """What becomes of a pool that has lost a worker."""
+  try:
+    yield
+  except futures.BrokenExecutor as error:
+    raise RunError(
+      "a process that makes batches has died (killed, or out of memory): start "
+      "again, perhaps with fewer data.workers; what is saved is whole"
+    ) from error
 
 
 class Placer:
