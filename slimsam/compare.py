@@ -273,19 +273,17 @@ def run_job(folder: pathlib.Path, job: Job, config: Any) -> Result:
 
   import jax
 
-  from common.places import taken
   from common.tree import count_params
   from slimsam import train
   from slimsam.cost import encoder_macs
   from slimsam.run import Run
 
   path = folder / job.folder
-  with taken(path):
-    run = Run(job.config, path)
-    original = model = train.original_model(run)
+  run = Run(job.config, path)
+  original = model = train.original_model(run)
   names = ["teacher"]
   if job.system != TEACHER:
-    model = train.train_and_evaluate(job.config, path)
+    model = train.train_stages(run, train.check(job.config))
     names = list(job.config.distill.stages)
   measure = _test(run, original, config)
   scores = measure(model.encoder, model.settings)

@@ -56,10 +56,11 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   stages = check(config)
   check_local(workdir)
   with taken(workdir):
-    return _train(Run(config, pathlib.Path(workdir)), stages)
+    return train_stages(Run(config, pathlib.Path(workdir)), stages)
 
 
-def _train(run: Run, stages: Sequence[Stage]) -> Model:
+def train_stages(run: Run, stages: Sequence[Stage]) -> Model:
+  """The same, in a folder that is held already."""
   config = run.config
   log.info(
     "data        %s: %s images to train on, %s to judge by",
