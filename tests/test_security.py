@@ -225,8 +225,9 @@ def fetch(k, arg):
 
 
 @needs_proc
-def test_a_training_process_listens_on_nothing():
+def test_a_training_process_listens_on_nothing(monkeypatch):
   """On eight devices, with what loads its batches: during a step."""
+  monkeypatch.syspath_prepend(ROOT)  # where the worker finds `fetch`
   mesh = jax.make_mesh((8,), ("data",))
   sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
   seen = []
