@@ -63,8 +63,10 @@ def assert_same_run(expected, found):
     if name.startswith(("train/experts/", "train/same")):
       assert theirs[step, name] == value, name
     elif name.startswith(("train/", "eval")):
+      # Norms of gradients and small differences of passes are less exact.
+      rtol = 1e-5 if name.endswith(("/loss", "/ce1", "/ce2")) else 2e-4
       np.testing.assert_allclose(
-        theirs[step, name], value, rtol=2e-4, atol=1e-5, err_msg=name
+        theirs[step, name], value, rtol=rtol, atol=1e-5, err_msg=name
       )
   (_, params), (_, others) = [
     load_params(folder / "checkpoints") for folder in (expected, found)
