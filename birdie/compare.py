@@ -148,7 +148,7 @@ def _check_task(config: Any, names: Sequence[str]) -> None:
     raise UserError("compare.lookups is empty: name at least one number")
   tokenizer = make_tokenizer(config.tokenizer)
   _check_keys(config.compare.finetune.task)
-  _tasks(config, make_vocabulary(tokenizer), tokenizer)
+  make_tasks(config, make_vocabulary(tokenizer), tokenizer)
   for name in names:
     own = job_config(config, config.compare.settings[name], seed=0)
     try:
@@ -172,7 +172,7 @@ def _check_keys(task: Any) -> None:
       )
 
 
-def _tasks(config: Any, vocab: Any, tokenizer: Any) -> dict[int, Any]:
+def make_tasks(config: Any, vocab: Any, tokenizer: Any) -> dict[int, Any]:
   """The task that is asked for, by look-ups."""
   from birdie.tasks import make_task
 
@@ -277,7 +277,7 @@ def answer(config: Any, run: Any) -> tuple[dict[str, float], dict[str, float]]:
   cfg = config.compare
   scores: dict[str, float] = {}
   baselines: dict[str, float] = {}
-  for lookups, task in _tasks(config, run.vocab, run.tokenizer).items():
+  for lookups, task in make_tasks(config, run.vocab, run.tokenizer).items():
     records = evaluation.evaluate(
       task,
       lambda task, problems: answering.answer(

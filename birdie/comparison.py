@@ -19,7 +19,7 @@ from common.report import FILE_NAME, markdown_table
 
 FIGURE = "lookups.png"
 CURVES = "finetuning.png"
-CONTROLLED = ("birdie", "birdie_causal")
+ALL = "all"  # classes together
 # Tested where both were run.
 CLAIMS = tuple(
   Claim(f"{text}{' (causal)' if causal else ''}", a + causal, b + causal)
@@ -85,9 +85,10 @@ def _head(config: Any, results: Sequence[Result]) -> str:
     f"{len(results)} models, seeds {', '.join(map(str, seeds))}. Each is "
     f"trained {config.num_steps:,} steps on text, then {cfg.num_steps:,} on "
     f"`{cfg.task.name}` ({task}), and answers {config.compare.problems} unseen "
-    "problems of every number of look-ups greedily. Parameters, tokens, steps "
-    "and seeds are equal; ± is the 95 % t-interval over seeds. `context` is "
-    "what an answer drawn from the prompt is expected to have right."
+    "problems of every number of look-ups greedily. Parameters, places of all "
+    "batches and seeds are equal, but where a system has no training on text; "
+    "± is the 95 % t-interval over seeds. `context` is what an answer drawn "
+    "from the prompt is expected to have right."
   )
 
 
@@ -134,11 +135,12 @@ def _figure(config: Any, results: Sequence[Result]) -> bytes:
         statistics.interval([r.scores[f"answers/{q}"] for r in own])
         for q in lookups
       ]
+      means = np.array([100 * one.mean for one in found])
+      widths = 100 * np.nan_to_num([one.half_width for one in found])
       axes.errorbar(
         lookups,
-        [100 * one.mean for one in found],
-        [0 if np.isnan(one.half_width) else 100 * one.half_width
-         for one in found],
+        means,
+        [np.minimum(widths, means), np.minimum(widths, 100 - means)],
         color=colour, linestyle=style, label=system, capsize=2,
       )  # fmt: skip
     context = results[0].baselines
@@ -224,38 +226,39 @@ def _controller(results: Sequence[Result]) -> str:
   for system, own in grouped(results):
     if not own[0].mixture:
       continue
-    for cls in own[0].mixture[0][1]:
-      shares = [
-        np.mean([chosen[cls] for _, chosen in result.mixture]) for result in own
-      ]
-      pairs = [np.array(r.foreseen.get(cls, [])) for r in own]
-      found = [rank_correlation(p) for p in pairs if len(p) > 2]
-      found = [one for one in found if np.isfinite(one)]
-      correlation = "–"
-      if found:
-        correlation = statistics.format_interval(
-          statistics.interval(found), scale=1, signed=True
-        )
-      rows.append(
-        (
-          f"`{system}`",
-          cls,
-          f"{100 * np.mean(shares):.0f} %",
-          f"{100 * np.mean([r.mixture[-1][1][cls] for r in own]):.0f} %",
-          correlation,
-        )
-      )
+    for cls in (*own[0].mixture[0][1], ALL):
+      rows.append((f"`{system}`", cls, *_chosen(own, cls)))
   if not rows:
     return ""
-  header = ("system", "class", "mean share", "last share", "rank correlation")
+  header = ("system", "class", "mean share", "rank correlation")
   note = (
-    "Shares are means over choices and seeds. The rank correlation (Spearman) "
-    "is that of the reward that was predicted for a mixture when it was chosen "
-    "with what it then earned, over a training's evaluations; ± over seeds."
+    "Shares are of samples, means over choices and seeds; choices at random, "
+    "by which the controller explores, count as well. The rank correlation "
+    "(Spearman) is that of the reward that was predicted for a mixture when it "
+    "was chosen with what it then earned, over a training's evaluations; ± "
+    f"over seeds. `{ALL}` is the sum, which the controller maximises. Rewards "
+    "shrink as a training goes on, and a prediction of that alone correlates."
   )
   return f"## What the controller did\n\n{note}\n\n" + markdown_table(
     header, rows
   )
+
+
+def _chosen(results: Sequence[Result], cls: str) -> tuple[str, str]:
+  """The mean share of a class, and how well its rewards were foreseen."""
+  if cls == ALL:
+    share = "100 %"
+    pairs = [np.sum(list(r.foreseen.values()), axis=0) for r in results]
+  else:
+    means = [np.mean([c[cls] for _, c in r.mixture]) for r in results]
+    share = f"{100 * np.mean(means):.0f} %"
+    pairs = [np.array(r.foreseen.get(cls, [])) for r in results]
+  found = [rank_correlation(p) for p in pairs if np.ndim(p) and len(p) > 2]
+  found = [one for one in found if np.isfinite(one)]
+  if not found:
+    return share, "–"
+  interval = statistics.interval(found)
+  return share, statistics.format_interval(interval, scale=1, signed=True)
 
 
 def rank_correlation(pairs: np.ndarray) -> float:

@@ -197,7 +197,9 @@ def test_the_page_says_what_was_found(config, tmp_path):
   assert "| `uniform` | 50.0 ± 24.8 |" in page
   assert "| `context` | 12.5 |" in page
   assert "controller is better than a uniform mixture | +10.3 ± 1.4" in page
-  assert "| `birdie` | copying | 25 % | 25 % | +1.0 ± 0.0 |" in page
+  assert "| `birdie` | copying | 25 % | +1.0 ± 0.0 |" in page
+  assert "| `birdie` | infilling | 75 % | – |" in page
+  assert "| `birdie` | all | 100 % | +1.0 ± 0.0 |" in page
   for figure in (comparison.FIGURE, comparison.CURVES):
     assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
     assert f"({figure})" in page
