@@ -217,14 +217,13 @@ def kill(run):
   assert run.returncode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_kill_minus_nine(commanded, tmp_path, workers):
+def test_kill_minus_nine(commanded, tmp_path):
   """A second run of the command, killed at a random moment, in the middle of
   a save, and inside an evaluation.
   """
   killed = tmp_path / "killed"
-  options = [f"--config.data.workers={workers}"]
-  moments = random.Random(workers)
+  options = ["--config.data.workers=2"]
+  moments = random.Random(0)
 
   def unfinished():
     return set(killed.glob("checkpoints/*.orbax-checkpoint-tmp"))
