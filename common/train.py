@@ -10,6 +10,7 @@ import jax
 from common.state import TrainState
 from common.step import StepChoice, StepFn
 
+COMPILE_SECONDS = 1800
 Every = int | Callable[[int], bool]
 
 
@@ -89,7 +90,7 @@ def train(
     StopIteration: never; data that ends early ends the loop with an error
       that names the step.
   """
-  step = int(state.step)
+  step, together = int(state.step), _Together()
   context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
   with context:
     while step < num_steps:
@@ -100,10 +101,11 @@ def train(
           f"the data ended before step {step + 1} of {num_steps}; "
           "repeat the source or lower num_steps"
         ) from end
+      function: Any = step_fn
       if isinstance(step_fn, StepChoice):
-        state, metrics = step_fn.choose(step)(state, batch)
-      else:
-        state, metrics = step_fn(state, batch)
+        function = step_fn.choose(step)
+      together(function, state, batch)
+      state, metrics = function(state, batch)
       step += 1
       last = step >= num_steps
       for hook in hooks:
@@ -111,3 +113,31 @@ def train(
           info = StepInfo(step, state, metrics, data, batch, last)
           state = hook(info) or state
   return state
+
+
+class _Together:
+  """On CPUs, lets the processes begin a new program at the same time.
+
+  Gloo gives a process up that is not there after 30 seconds, and on a busy
+  machine the compilation of one may be further behind that of another.
+  """
+
+  def __init__(self):
+    several = jax.process_count() > 1
+    self._is_needed = several and jax.default_backend() == "cpu"
+    self._seen: set[Any] = set()
+
+  def __call__(self, function: Any, *arguments: Any) -> None:
+    if not self._is_needed or not hasattr(function, "lower"):
+      return
+    leaves = jax.tree.leaves(arguments)
+    program = function, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    if program in self._seen:
+      return
+    self._seen.add(program)
+    import orbax.checkpoint as ocp
+
+    function.lower(*arguments).compile()  # the call then finds it
+    ocp.multihost.get_barrier_sync_fn()(
+      key="compiled", timeout_ms=1000 * COMPILE_SECONDS
+    )
