@@ -126,11 +126,15 @@ class Trial:
     """Whether the last checkpoints of all trainings are there."""
     straight = self.straight.folder
     return all(
-      (self.folder / place.relative_to(straight)).exists()
-      and checkpoint_steps(self.folder / place.relative_to(straight))[-1:]
-      == checkpoint_steps(place)[-1:]
+      self.has_ended(self.folder / place.relative_to(straight))
       for place in straight.rglob("checkpoints")
     )
+
+  def has_ended(self, checkpoints: pathlib.Path) -> bool:
+    """Whether the last checkpoint of a training is there."""
+    place = checkpoints.relative_to(self.folder)
+    last = checkpoint_steps(self.straight.folder / place)[-1:]
+    return checkpoints.exists() and checkpoint_steps(checkpoints)[-1:] == last
 
   def check_said(self) -> None:
     """What was damaged and had to be read has been reported, in the end."""
@@ -210,13 +214,15 @@ class Trial:
 
   def damage(self) -> str:
     """A checkpoint's file loses a bit, its end, or itself, where there is
-    another checkpoint to go on from; see `check_said`.
+    another checkpoint to go on from; see `check_said`. Those of trainings that
+    have ended, such as SlimSAM's first stages, nobody would read again.
     """
     hit = self.kill()
     files = [
       path
       for folder in sorted(self.folder.rglob("checkpoints"))
       if len(checkpoint_steps(folder)) > 1
+      and not self.has_ended(folder)
       and not any(d.is_there and d.place.parent == folder for d in self.damages)
       for path in sorted(folder.glob("[0-9]*/**/*"))
       if path.is_file() and "tmp" not in path.relative_to(folder).parts[0]
