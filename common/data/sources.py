@@ -325,7 +325,8 @@ class _ArrayRecords(Sequence):
     return repr(self._records)
 
   def __getitem__(self, place: Any) -> Any:
-    return self.__getitems__([place])[0]
+    # Iteration ends with the IndexError of `range`; grain would raise others.
+    return self.__getitems__([range(len(self))[place]])[0]
 
   def __getitems__(self, places: Sequence[int]) -> Sequence[bytes]:
     try:

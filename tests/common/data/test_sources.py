@@ -171,6 +171,8 @@ def test_records_have_random_access(folder):
   path = str(folder / "plain.array_record")
   records = record_source(config(kind="array_record", path=path))
   assert (len(records), records[1]) == (3, TEXTS[1].encode())
+  assert list(records) == [text.encode() for text in TEXTS]
+  assert records[-1] == records[2]
   with pytest.raises(UserError, match="records come from"):
     record_source(config(kind="jsonl", path=path))
 
