@@ -152,7 +152,7 @@ class Checkpointer:
     if self._best is not None and metrics and self._best in metrics:
       ranked = {self._best: float(metrics[self._best])}
     with self._readable_errors():
-      self._manager.wait_until_finished()
+      self._manager.wait_until_finished()  # it still reads `_saving`
       self._saving = step
       self._manager.save(step, args=items, metrics=ranked)
 

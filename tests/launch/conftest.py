@@ -17,6 +17,9 @@ import sys
 import pytest
 import yaml
 
+from common import app
+from common.config import from_json
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 # Writes down its arguments and does what PLAN_<number of the process> says, one
@@ -246,5 +249,26 @@ def jobset():
     settings = job["template"]["spec"]
     (container,) = settings["template"]["spec"]["containers"]
     return document, settings, container
+
+  return read
+
+
+@pytest.fixture
+def resolve(monkeypatch, capsys):
+  """`(project, flags)`: the configuration that a command line comes to."""
+  monkeypatch.chdir(ROOT)
+
+  def read(project, flags):
+    with pytest.raises(SystemExit) as end:
+      app.run(
+        lambda config, workdir: None,
+        name=project,
+        description="",
+        example="",
+        argv=[*flags, "--print_config"],
+        programs=lambda config: [],
+      )
+    assert end.value.code == 0
+    return from_json(capsys.readouterr().out)
 
   return read

@@ -10,7 +10,7 @@ import tomllib
 
 import pytest
 
-from common import app, flags
+from common import flags
 from common.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -19,22 +19,18 @@ SHELL = sorted(LAUNCH.glob("*.sh"))
 JOBSETS = sorted(LAUNCH.glob("*.yaml"))
 
 
-def check_command(argv):
-  """Refuses a `python -m PROJECT.main` that the program would refuse."""
-  flag, module, *flags = argv
-  project, verb = module.split(".")
-  assert (flag, verb) == ("-m", "main")
-  assert (ROOT / project / "main.py").exists(), module
-  with pytest.raises(SystemExit) as end:
-    app.run(
-      lambda config, workdir: None,
-      name=project,
-      description="",
-      example="",
-      argv=[*flags, "--print_config"],
-      programs=lambda config: [],
-    )
-  assert end.value.code == 0, shlex.join(argv)
+@pytest.fixture
+def check_command(resolve):
+  """`(argv)`: refuses a `python -m PROJECT.main` that the program would."""
+
+  def check(argv):
+    flag, module, *flags = argv
+    project, verb = module.split(".")
+    assert (flag, verb) == ("-m", "main")
+    assert (ROOT / project / "main.py").exists(), module
+    resolve(project, flags)
+
+  return check
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +58,7 @@ def test_shell_files_parse(file):
   ],
 )
 def test_launchers_start_what_they_are_told(
-  place, capsys, launcher, project, config
+  check_command, place, launcher, project, config
 ):
   assert getattr(place, launcher)(PROJECT=project, CONFIG=config) == 0
   (command,) = place.commands(1)
@@ -71,7 +67,7 @@ def test_launchers_start_what_they_are_told(
   check_command(command)
 
 
-def test_every_process_knows_the_others(place, capsys):
+def test_every_process_knows_the_others(check_command, place):
   assert place.ssh(WORKDIR="/shared/a b") == 0
   for number in (0, 1):
     (command,) = place.commands(number)
@@ -114,14 +110,14 @@ def test_jax_would_take_the_same_port(monkeypatch):
   assert SlurmCluster.get_coordinator_address(None, None) == "node1:61447"
 
 
-def test_one_node_is_one_process(place, capsys):
+def test_one_node_is_one_process(check_command, place):
   assert place.slurm("slurm.sh", 1) == 0
   (command,) = place.commands()
   check_command(command)
   assert "--distributed" not in command
 
 
-def test_xpk(place, capsys):
+def test_xpk(check_command, place):
   where = {"CLUSTER": "c", "IMAGE": "i", "WORKDIR": "gs://bucket/a"}
   flags = ["--config.optim.betas=(0.9, 0.99)", "--config.seed=1"]
   assert place.run("xpk.sh", *flags, **where) == 0
@@ -151,7 +147,7 @@ def expanded(container):
 
 
 @pytest.mark.parametrize("file", JOBSETS, ids=lambda file: file.name)
-def test_jobsets(file, jobset, capsys):
+def test_jobsets(check_command, file, jobset):
   document, settings, container = jobset(file)
   assert settings["parallelism"] == settings["completions"]
   assert settings["completionMode"] == "Indexed"
@@ -283,7 +279,7 @@ def readme_commands():
       yield shlex.split(match[1])
 
 
-def test_the_page_knows_every_file_and_its_commands_work(capsys):
+def test_the_page_knows_every_file_and_its_commands_work(check_command):
   text = (LAUNCH / "README.md").read_text()
   for file in LAUNCH.iterdir():
     assert file.name == "README.md" or f"`{file.name}`" in text, file.name

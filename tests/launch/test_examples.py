@@ -9,34 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from common import app
-from common.config import from_json
 from common.errors import UserError
 from common.parallel.mesh import AXES, mesh_shape
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-
-
-@pytest.fixture
-def resolve(monkeypatch, capsys):
-  """`(project, flags)`: the configuration that a command line comes to."""
-  monkeypatch.chdir(ROOT)
-
-  def read(project, flags):
-    with pytest.raises(SystemExit) as end:
-      app.run(
-        lambda config, workdir: None,
-        name=project,
-        description="",
-        example="",
-        argv=[*flags, "--print_config"],
-        programs=lambda config: [],
-      )
-    assert end.value.code == 0
-    return from_json(capsys.readouterr().out)
-
-  return read
 
 
 def check_birdie(config, shape, processes):
