@@ -85,9 +85,6 @@ class Digest:
     mixed = mix_bits(mix_bits(word) ^ mix_bits(place + 1))
     return cls(by_device(jnp.sum(mixed, dtype=jnp.uint32)))
 
-  def __add__(self, other: "Digest") -> "Digest":
-    return Digest(self.bits + other.bits)
-
 
 def merge(first: PyTree, second: PyTree) -> PyTree:
   """Adds two equal trees of `Mean`s, such as two steps' metrics."""
