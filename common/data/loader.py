@@ -7,14 +7,10 @@ from the same number with the same batches.
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import math
-import os
 import queue
-import signal
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import RunError, UserError
+from common.data.workers import Workers
+from common.errors import UserError
 
 Batch = Mapping[str, np.ndarray]
 
@@ -200,7 +197,7 @@ class _Crew:
     self._fetch = fetch
     self._place = Placer(sharding)
     self._stopping = False
-    self._pool = _make_pool(fetch, workers) if workers else None
+    self._workers = Workers(fetch, workers) if workers else None
     self._tasks: queue.SimpleQueue = queue.SimpleQueue()
     self._thread = threading.Thread(
       target=self._run, name="loader", daemon=True
@@ -210,17 +207,12 @@ class _Crew:
   def submit(self, k: int, arg: Any) -> futures.Future:
     """Begins batch k; cancelling the result spares what is not begun."""
     result: futures.Future = futures.Future()
-    if self._pool is None:
+    if self._workers is None:
       make = functools.partial(self._fetch, k, arg)
     else:
-      with _one_line():
-        made = self._pool.submit(_fetch_in_worker, k, arg)
+      made = self._workers.submit(k, arg)
       result.add_done_callback(lambda r: r.cancelled() and made.cancel())
-
-      def make() -> Batch:
-        with _one_line():
-          return made.result()
-
+      make = made.result
     self._tasks.put((result, make))
     return result
 
@@ -228,8 +220,8 @@ class _Crew:
     """Waits for what is being made and leaves the rest."""
     self._stopping = True
     self._tasks.put(None)
-    if self._pool is not None:
-      self._pool.shutdown(wait=True, cancel_futures=True)
+    if self._workers is not None:
+      self._workers.stop()
     if self._thread is not threading.current_thread():
       self._thread.join()
 
@@ -248,18 +240,6 @@ class _Crew:
         result.set_result(value)
       # Nothing of a batch may stay alive while the thread waits.
       task = result = make = value = None
-
-
-@contextlib.contextmanager
-def _one_line() -> Iterator[None]:
-  """What becomes of a pool that has lost a worker."""
-  try:
-    yield
-  except futures.BrokenExecutor as error:
-    raise RunError(
-      "a process that makes batches has died (killed, or out of memory): start "
-      "again, perhaps with fewer data.workers; what is saved is whole"
-    ) from error
 
 
 class Placer:
@@ -366,48 +346,3 @@ def row_shares(sharding: Any, axis: int = 0) -> tuple[int, int, int]:
   axes = (names,) if isinstance(names, str) else names or ()
   shards = math.prod(sharding.mesh.shape[name] for name in axes)
   return *process_share(rows), shards
-
-
-_worker_fetch: Callable | None = None
-
-
-def _make_pool(fetch: Callable, workers: int) -> futures.ProcessPoolExecutor:
-  import multiprocessing
-
-  # Spawned: a fork of a process that runs threads, as JAX does, may hang.
-  return futures.ProcessPoolExecutor(
-    workers,
-    mp_context=multiprocessing.get_context("spawn"),
-    initializer=_init_worker,
-    initargs=(fetch,),
-  )
-
-
-def _init_worker(fetch: Callable) -> None:
-  """Runs once in a worker, before its first batch."""
-  global _worker_fetch
-  # Ctrl-C reaches the whole group; the parent decides what it means.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_die_with_parent, daemon=True).start()
-  # A worker must not take an accelerator, not even by accident. The variable
-  # is too late where the main module has imported jax.
-  os.environ["JAX_PLATFORMS"] = "cpu"
-  if "jax" in sys.modules:
-    sys.modules["jax"].config.update("jax_platforms", "cpu")
-  _worker_fetch = fetch
-
-
-def _die_with_parent() -> None:
-  """Ends this worker when the parent was killed: nobody else would."""
-  from multiprocessing import connection, process
-
-  parent = process.parent_process()
-  if parent is not None:
-    with contextlib.suppress(OSError):
-      connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _fetch_in_worker(k: int, arg: Any) -> Batch:
-  assert _worker_fetch is not None
-  return _worker_fetch(k, arg)

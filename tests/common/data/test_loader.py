@@ -159,7 +159,9 @@ def test_an_error_in_a_worker_surfaces_with_its_traceback(fetches):
     first(data, 1)
     with pytest.raises(ValueError, match="no batch 1") as caught:
       next(data)
-    assert "fetches_for_test.py" in str(caught.value.__cause__)
+    in_worker, batch = caught.value.__notes__
+    assert "fetches_for_test.py" in in_worker
+    assert batch == "while batch 1 was made"
     data.set_state({"step": 2})
     assert first(data, 1) == [[20, 21, 22, 23]]
 
