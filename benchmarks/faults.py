@@ -92,7 +92,9 @@ def main() -> int:
   add("--workdir", default="runs/faults")
   add("--subjects", default=",".join(SUBJECTS))
   add("--processes", default="1,2", help="of a run")
+  add("--kinds", default=",".join(KINDS), help="of hits")
   args = parser.parse_args()
+  _check_names(args)
   quiet_libraries()
   workdir = pathlib.Path(args.workdir).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
@@ -119,9 +121,19 @@ def main() -> int:
   return int(any(record["wrong"] for record in records))
 
 
+def _check_names(args: Any) -> None:
+  for name, known in (("subjects", SUBJECTS), ("kinds", KINDS)):
+    unknown = set(getattr(args, name).split(",")) - set(known)
+    if unknown:
+      sys.exit(
+        f"error: --{name}: {', '.join(sorted(unknown))}; there are "
+        + ", ".join(known)
+      )
+
+
 def _check_settings(file: pathlib.Path, args: Any) -> None:
   """Trials in a folder are those of one seed and one set of runs."""
-  names = ("seed", "hits", "subjects", "processes")
+  names = ("seed", "hits", "subjects", "processes", "kinds")
   ours = {name: getattr(args, name) for name in names}
   if not file.exists():
     write_json(file, ours)
@@ -172,9 +184,8 @@ def _trial(
     for _ in range(args.hits):
       if trial.is_finished():
         break
-      (kind,) = rng.choices(
-        list(KINDS), [weight for _, weight in KINDS.values()]
-      )
+      kinds = args.kinds.split(",")
+      (kind,) = rng.choices(kinds, [KINDS[kind][1] for kind in kinds])
       try:
         what = KINDS[kind][0](trial)
       except Impossible:
@@ -298,16 +309,17 @@ def table(records: list[dict[str, Any]]) -> str:
     if what != IMPOSSIBLE
   )
   subjects = list(dict.fromkeys(record["subject"] for record in records))
-  rows = [["run x processes", "trials", *KINDS, "equal in the end"]]
+  kinds = [kind for kind in KINDS if any(counts[s, kind] for s in subjects)]
+  rows = [["run x processes", "trials", *kinds, "equal in the end"]]
   for subject in subjects:
     own = [record for record in records if record["subject"] == subject]
     equal = sum(not record["wrong"] for record in own)
     rows.append(
       [subject, str(len(own))]
-      + [str(counts[subject, kind]) for kind in KINDS]
+      + [str(counts[subject, kind]) for kind in kinds]
       + [f"{equal} of {len(own)}"]
     )
-  sums = (str(sum(counts[s, kind] for s in subjects)) for kind in KINDS)
+  sums = (str(sum(counts[s, kind] for s in subjects)) for kind in kinds)
   equal = sum(not record["wrong"] for record in records)
   rows.append(["all", str(len(records)), *sums, f"{equal} of {len(records)}"])
   lines = ["| " + " | ".join(row) + " |" for row in rows]
