@@ -147,12 +147,17 @@ class Trial:
   # Each hits once and returns what it did, "" where the run had ended before.
 
   def kill(self) -> str:
-    """SIGKILL to one process; the others have to end by themselves."""
+    """SIGKILL to one process; the others have to end by themselves, but for
+    those that have not met yet: for minutes they wait, and launchers end them.
+    """
     with self.begin() as running:
       if not running.is_alive:
         return self._ended(running)
       victim = running.one(self.rng)
+      have_met = running.has_joined
       victim.kill()
+      if not have_met:
+        running.kill()
       statuses = running.wait()
       if statuses.count(0) == len(statuses):
         return ""
@@ -165,14 +170,18 @@ class Trial:
       if not running.is_alive:
         return self._ended(running)
       victim = running.one(self.rng)
+      have_met = running.has_joined
       victim.terminate()
+      if not have_met:
+        victim.wait(PATIENCE)
+        running.kill()
       statuses = running.wait()
       # Before Python has read what it is to do with it, the signal kills; and
       # what ends in the same moment has ended.
       allowed = {143, -signal.SIGTERM, 0}
-      if self.subject.processes > 1 and victim.returncode == -signal.SIGTERM:
-        # The others have lost a peer that had not joined yet.
-        self._check_survivors(running, victim)
+      if self.subject.processes > 1 and not have_met:
+        if victim.returncode not in allowed:
+          raise Wrong(f"SIGTERM: status {victim.returncode} before a meeting")
       elif set(statuses) - allowed:
         raise Wrong(f"SIGTERM: statuses {statuses}: {running.last_line()}")
       elif 0 in statuses and not self.is_finished():
