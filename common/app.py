@@ -24,6 +24,7 @@ from common import flags
 from common.addresses import bind_address, meet
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, RunError, UserError
+from common.files import bucket_errors
 from common.logs import logging_to, one_line
 from common.places import is_taken, taken_when_used
 
@@ -248,19 +249,23 @@ def make_workdir(path: str) -> str:
   Raises:
     UserError: it cannot be made or written, or what reads such addresses is
       not installed.
+    RunError: a bucket cannot be reached.
   """
   from etils import epath
 
   if "://" in path:
-    try:
-      epath.Path(path).mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-      extra = " (pip install -e '.[gcs]')" if path.startswith("gs://") else ""
-      raise UserError(f"workdir {path!r}: {one_line(error)}{extra}") from error
-    except KeyError:
-      raise UserError(
-        f"workdir {path!r} is an address of no known kind: gs:// is one"
-      ) from None
+    with bucket_errors(path):
+      try:
+        epath.Path(path).mkdir(parents=True, exist_ok=True)
+      except ImportError as error:
+        extra = " (pip install -e '.[gcs]')" if path.startswith("gs://") else ""
+        raise UserError(
+          f"workdir {path!r}: {one_line(error)}{extra}"
+        ) from error
+      except KeyError:
+        raise UserError(
+          f"workdir {path!r} is an address of no known kind: gs:// is one"
+        ) from None
     return path
   path = os.path.abspath(os.path.expanduser(path))
   try:

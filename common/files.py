@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from common.errors import UserError
+from common.errors import RunError, UserError
+from common.logs import one_line
 
 # What `json.loads` raises: numbers of thousands of digits and brackets in
 # brackets are no `JSONDecodeError`.
@@ -62,6 +63,38 @@ def refusals_of(path: Any) -> Iterator[None]:
     if storage_error(error) and not error.filename:
       raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     raise
+
+
+@contextlib.contextmanager
+def bucket_errors(workdir: Any) -> Iterator[None]:
+  """Says in a line what a bucket answers when a run begins there.
+
+  Libraries have errors of their own for it. A folder's pass as they are.
+
+  Raises:
+    UserError: it is missing or not ours, which no restart mends.
+    RunError: it cannot be reached.
+  """
+  place = os.fspath(workdir)
+  try:
+    yield
+  except (UserError, RunError):
+    raise
+  except Exception as error:
+    if "://" not in place:
+      raise
+    code = str(getattr(error, "code", ""))
+    if isinstance(error, FileNotFoundError) or code == "404":
+      problem = "there is no such bucket"
+    elif code in ("401", "403") or "Forbidden" in str(error):
+      problem = "this machine may not write there"
+    else:
+      what = f"{type(error).__name__}: {one_line(error)}"
+      raise RunError(f"cannot reach workdir {place!r}: {what}") from error
+    raise UserError(
+      f"cannot write to workdir {place!r}: {problem} ({one_line(error)}); "
+      "choose another --workdir, or the account that may"
+    ) from error
 
 
 def write_json(file: Any, content: Any) -> None:

@@ -27,12 +27,13 @@ def _is_fatal(record: logging.LogRecord) -> bool:
 
 
 def quiet_libraries() -> None:
-  """Keeps what Orbax and TFDS log from the terminal.
+  """Keeps what Orbax, TFDS and gcsfs log from the terminal.
 
   They raise their errors as well, and those are said in our own lines. A line
   that cannot be logged, as on a full disk, is lost without a traceback.
   """
-  logging.getLogger("absl").addFilter(_is_fatal)
+  for name in ("absl", "gcsfs"):
+    logging.getLogger(name).addFilter(_is_fatal)
   logging.raiseExceptions = False
 
 

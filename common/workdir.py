@@ -17,7 +17,7 @@ from etils import epath
 from common import config as config_lib
 from common import files
 from common.checkpoint import Checkpointer, Stateful
-from common.errors import UserError
+from common.errors import RunError, UserError
 from common.metrics import FILE_NAME as METRICS
 from common.metrics import MetricWriter
 from common.parallel import check_same
@@ -82,18 +82,16 @@ class Workdir:
       best_mode=best_mode,
       before_save=lambda: self.writer.flush(),
     )
-    metrics = self.path / METRICS
-    has_lines = metrics.exists() and metrics.stat().length > 0
-    if self.checkpointer.steps or has_lines:
-      self._check_resume(config, free, facts, pinned)
-      facts["started"] = self._saved_facts().get("started", facts["started"])
-    if is_writer:
-      try:
-        config_lib.save_config(self.path, config)
-        files.write_json(self.path / "facts.json", dict(sorted(facts.items())))
-      except OSError as error:
-        self._refuse(error)
-        raise
+    try:
+      if self.checkpointer.steps or self._has_lines():
+        self._check_resume(config, free, facts, pinned)
+        facts["started"] = self._saved_facts().get("started", facts["started"])
+      if is_writer:
+        self._describe(config, facts)
+    except (UserError, RunError):
+      self.checkpointer.close()
+      self._unlock()
+      raise
     self.writer = MetricWriter(
       self.path, tensorboard=tensorboard, is_writer=is_writer
     )
@@ -115,38 +113,24 @@ class Workdir:
       "command goes on"
     )
 
+  def _has_lines(self) -> bool:
+    metrics = self.path / METRICS
+    return metrics.exists() and metrics.stat().length > 0
+
   def _check_resume(self, config, free, facts, pinned) -> None:
-    try:
-      if not (self.path / config_lib.FILE_NAME).exists():
-        raise UserError(
-          f"{self.path} holds a run but no {config_lib.FILE_NAME}: "
-          "restore it or choose another --workdir"
-        )
-      config_lib.check_resume(self.path, config, free=free)
-      self._check_facts(facts, pinned)
-    except UserError:
-      self.checkpointer.close()
-      self._unlock()
-      raise
+    if not (self.path / config_lib.FILE_NAME).exists():
+      raise UserError(
+        f"{self.path} holds a run but no {config_lib.FILE_NAME}: "
+        "restore it or choose another --workdir"
+      )
+    config_lib.check_resume(self.path, config, free=free)
+    self._check_facts(facts, pinned)
 
-  def _refuse(self, error: OSError) -> None:
-    """Raises for a bucket that is missing or not ours, which no restart mends.
-
-    Making a folder of a bucket asks nobody: its first file tells.
-    """
-    if "://" not in os.fspath(self.path):
-      return
-    if isinstance(error, FileNotFoundError):
-      problem = "no such bucket"
-    elif "Forbidden" in str(error):
-      problem = "this machine may not write there"
-    else:
-      return
-    self.checkpointer.close()
-    raise UserError(
-      f"cannot write to workdir {os.fspath(self.path)!r}: {problem}; choose "
-      "another --workdir"
-    ) from error
+  def _describe(self, config, facts) -> None:
+    # The first files: making a folder need not have asked the bucket.
+    with files.bucket_errors(self.path):
+      config_lib.save_config(self.path, config)
+      files.write_json(self.path / "facts.json", dict(sorted(facts.items())))
 
   def _unlock(self) -> None:
     if self._lock is not None:

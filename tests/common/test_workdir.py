@@ -14,7 +14,8 @@ from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
-from common.errors import UserError
+from common.app import make_workdir
+from common.errors import RunError, UserError
 from common.state import TrainState
 from common.workdir import Workdir
 
@@ -168,16 +169,39 @@ def test_a_bucket_has_all_lines_of_a_checkpoint(bucket, monkeypatch):
   assert json.loads(file.read_text().splitlines()[-1])["loss"] == 0.25
 
 
-def test_a_bucket_that_is_missing_or_not_ours_is_refused(bucket, monkeypatch):
-  with pytest.raises(UserError, match="'gs://buckte/run': no such bucket"):
-    open_run("gs://buckte/run")
+class Answer(Exception):
+  """As gcsfs raises it: what a bucket has said, with the status."""
 
-  def forbidden(*args, **kwargs):
-    raise OSError("Forbidden: bucket/run/config.json.new")
+  def __init__(self, code):
+    super().__init__(f"no, {code}")
+    self.code = code
 
-  monkeypatch.setattr(fsspec.AbstractFileSystem, "open", forbidden)
-  with pytest.raises(UserError, match="this machine may not write there"):
+
+@pytest.mark.parametrize(
+  ("answer", "error", "message"),
+  [
+    (FileNotFoundError("b/o"), UserError, "there is no such bucket"),
+    (OSError("Forbidden: b/o\nno"), UserError, "this machine may not write"),
+    (Answer(401), UserError, r"this machine may not write there \(no, 401\)"),
+    (Answer(503), RunError, r"^cannot reach .*/run': Answer: no, 503$"),
+  ],
+)
+def test_what_a_bucket_refuses_is_a_line(
+  bucket, monkeypatch, answer, error, message
+):
+  """Whether making a folder in it asks it, or the first file does."""
+
+  def refuse(*args, **kwargs):
+    raise answer
+
+  monkeypatch.setattr(fsspec.AbstractFileSystem, "open", refuse)
+  with pytest.raises(error, match=message):
     open_run("gs://bucket/run")
+  monkeypatch.setattr(
+    backend.fsspec_backend._get_filesystem("gs"), "makedirs", refuse
+  )
+  with pytest.raises(error, match=message):
+    make_workdir("gs://bucket/run")
 
 
 def test_an_interrupt_says_what_is_saved(tmp_path):
