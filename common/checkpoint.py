@@ -11,6 +11,8 @@ process killed at any instant leaves a `*.orbax-checkpoint-tmp` folder, which
 nobody reads and the next run removes.
 """
 
+import itertools
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -24,12 +26,18 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from common import checksums, files
+from common.checkpoint_items import (
+  array_handler,
+  plain,
+  restore_args,
+  with_keys,
+)
 from common.errors import RunError, UserError
 from common.state import TrainState
 
 PyTree = Any
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # gets the time after all else
-_SHARED_BYTES = 2**20  # of an array and replica, from which all of them write
+_asked = itertools.count(1)  # see `Checkpointer.reached_preemption`
 log = logging.getLogger(__name__)
 
 
@@ -83,11 +91,12 @@ class Checkpointer:
           keep_checkpoints_without_metrics=False,
         )
       )
-    self._manager = ocp.CheckpointManager(
+      _hide_damaged_metrics(self.directory)
+    self._manager = _Manager(
       self.directory,
       item_handlers={
-        "params": _arrays(),
-        "state": _arrays(),
+        "params": array_handler(),
+        "state": array_handler(),
         "data": ocp.JsonCheckpointHandler(),
         "host": ocp.JsonCheckpointHandler(),
       },
@@ -141,8 +150,8 @@ class Checkpointer:
       "extra": state.extra,
     }
     items = ocp.args.Composite(
-      params=ocp.args.PyTreeSave(_plain(state.params)),
-      state=ocp.args.PyTreeSave(_plain(rest)),
+      params=ocp.args.PyTreeSave(plain(state.params)),
+      state=ocp.args.PyTreeSave(plain(rest)),
       data=ocp.args.JsonSave({} if data is None else data.get_state()),
       host=ocp.args.JsonSave(
         {name: obj.get_state() for name, obj in (host or {}).items()}
@@ -237,10 +246,13 @@ class Checkpointer:
     Before anything is read together: where one process fails in the middle of
     that, the others wait for it.
     """
+    folder = epath.Path(self.directory) / str(step)
+    if not checksums.are_written(folder) and jax.process_index() == 0:
+      log.warning("checkpoint %d has no hashes, by which to see damage", step)
     error = None
     try:
       checksums.check(
-        epath.Path(self.directory) / str(step),
+        folder,
         part=(jax.process_index(), jax.process_count()),
       )
     except Exception as reason:
@@ -257,15 +269,15 @@ class Checkpointer:
     read = self._manager.restore(
       step,
       args=ocp.args.Composite(
-        params=_restore(abstract.params),
-        state=_restore(rest),
+        params=restore_args(abstract.params),
+        state=restore_args(rest),
         data=ocp.args.JsonRestore(),
         host=ocp.args.JsonRestore(),
       ),
     )
     state = TrainState(
-      params=_with_keys(read["params"], abstract.params),
-      **_with_keys(read["state"], rest),
+      params=with_keys(read["params"], abstract.params),
+      **with_keys(read["state"], rest),
     )
     if int(state.step) != step:
       raise ValueError(f"folder {step} holds the state of step {state.step}")
@@ -286,12 +298,18 @@ class Checkpointer:
         multihost_utils.sync_global_devices("checkpoints set aside")
       self._manager.reload()
 
-  def reached_preemption(self, step: int) -> bool:
+  @staticmethod
+  def reached_preemption() -> bool:
     """Whether the cluster has announced that it will stop this job.
 
-    All processes get the same answer at the same step.
+    Every process asks once a step; all get the same answer at the same step.
+    jax answers yes at one number, the next that none has asked with. Steps
+    begin anew with every training, so these are counted for the process.
     """
-    return jax.process_count() > 1 and self._manager.reached_preemption(step)
+    return (
+      jax.process_count() > 1
+      and multihost_utils.reached_preemption_sync_point(next(_asked))
+    )
 
   def wait(self) -> None:
     """Returns once everything that was saved is on the disk."""
@@ -305,6 +323,14 @@ class Checkpointer:
 
   def _readable_errors(self):
     return _StorageErrors(self.directory)
+
+
+class _Manager(ocp.CheckpointManager):
+  """Leaves it to us to ask whether the job will be stopped."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 class _StorageErrors:
@@ -336,67 +362,23 @@ class _StorageErrors:
     return False
 
 
-def _arrays() -> ocp.PyTreeCheckpointHandler:
-  """Writes arrays; each device its share, but for the small ones.
-
-  Sharing compiles a program for every shape and device, which takes longer
-  than to write what it divides.
+def _hide_damaged_metrics(directory: str) -> None:
+  """Takes from Orbax the metrics that it could not read: it would before any
+  checkpoint is looked at. That of a checkpoint without them counts as damaged.
   """
-  handlers = ocp.type_handlers
-  arrays = handlers.ArrayHandler(
-    min_slice_bytes_for_replica_parallel=_SHARED_BYTES
-  )
-  registry = handlers.create_type_handler_registry(
-    *(
-      (kind, arrays if kind is jax.Array else handlers.get_type_handler(kind))
-      for kind in handlers.supported_types()
-    )
-  )
-  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-
-
-def _plain(tree: PyTree) -> PyTree:
-  """The tree with numbers in place of PRNG keys, which Orbax would forget."""
-  return jax.tree.map(
-    lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree
-  )
-
-
-def _is_key(leaf: Any) -> bool:
-  dtype = getattr(leaf, "dtype", None)
-  return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _plain_shapes(abstract: PyTree) -> PyTree:
-  """As `_plain`, of shapes."""
-
-  def plain(leaf: Any) -> Any:
-    if not _is_key(leaf):
-      return leaf
-    data = jax.eval_shape(jax.random.key_data, leaf)
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
-
-  return jax.tree.map(plain, abstract)
-
-
-def _with_keys(tree: PyTree, abstract: PyTree) -> PyTree:
-  """The reverse of `_plain`, for a tree like `abstract`."""
-
-  def key(like: Any, leaf: Any) -> Any:
-    if not _is_key(like):
-      return leaf
-    found: list[Any] = []
-    jax.eval_shape(lambda k: found.append(jax.random.key_impl(k)), like)
-    return jax.random.wrap_key_data(leaf, impl=found[0])
-
-  return jax.tree.map(key, abstract, tree)
-
-
-def _restore(abstract: PyTree) -> ocp.args.PyTreeRestore:
-  plain = _plain_shapes(abstract)
-  return ocp.args.PyTreeRestore(
-    plain, ocp.checkpoint_utils.construct_restore_args(plain)
-  )
+  if jax.process_index() == 0:
+    for step in _steps_in(directory):
+      file = epath.Path(directory) / str(step) / "metrics" / "metrics"
+      if not file.exists():
+        continue
+      try:
+        checksums.check(file.parents[1], below="metrics/")
+        json.loads(file.read_text())
+      except files.JSON_ERRORS as error:
+        log.warning("checkpoint %d: its metrics are damaged (%s)", step, error)
+        file.rename(file.with_name("damaged"))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("metrics looked at")
 
 
 def _everywhere(holds: bool) -> bool:
@@ -415,6 +397,12 @@ def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
   path = _absolute(directory)
   if not epath.Path(path).exists():
     raise UserError(f"no checkpoints in {path}: {_why_none(path)}")
+  return _steps_in(path)
+
+
+def _steps_in(path: str) -> list[int]:
+  if not epath.Path(path).exists():
+    return []
   return sorted(ocp.utils.checkpoint_steps(path))
 
 

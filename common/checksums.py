@@ -34,6 +34,11 @@ def write(folder: epath.Path, *, but: tuple[str, ...] = ()) -> None:
     files.write_json(folder / FILE_NAME, dict(zip(found, hashes)))
 
 
+def are_written(folder: epath.Path) -> bool:
+  """Whether a folder has hashes."""
+  return (folder / FILE_NAME).exists()
+
+
 def check(
   folder: epath.Path, *, below: str = "", part: tuple[int, int] = (0, 1)
 ) -> None:
@@ -50,11 +55,10 @@ def check(
   Raises:
     ValueError: names the file.
   """
-  written = folder / FILE_NAME
-  if not written.exists():
+  if not are_written(folder):
     return
   try:
-    hashes = json.loads(written.read_text())
+    hashes = json.loads((folder / FILE_NAME).read_text())
     names = sorted(hashes)
   except (*files.JSON_ERRORS, TypeError) as error:
     raise ValueError(f"{FILE_NAME} is damaged") from error

@@ -328,7 +328,7 @@ class PreemptionHook:
 
   def __call__(self, info: StepInfo) -> None:
     checkpointer = self._checkpoint.checkpointer
-    if not (self._flag or checkpointer.reached_preemption(info.step)):
+    if not (self._flag or checkpointer.reached_preemption()):
       return
     self._checkpoint(info)
     checkpointer.wait()

@@ -211,7 +211,7 @@ def check_shared(path: epath.Path) -> None:
   machines would hold a part of them each, and no checkpoint.
 
   Raises:
-    UserError: on every process.
+    UserError, RunError: on every process; also where process 0 cannot write.
   """
   if jax.process_count() == 1:
     return
@@ -220,8 +220,19 @@ def check_shared(path: epath.Path) -> None:
   number = np.frombuffer(os.urandom(8), np.uint32)
   token = multihost_utils.broadcast_one_to_all(number).tobytes().hex()
   file = path / f".shared-{token}"
+  error = None
   if jax.process_index() == 0:
-    file.write_text("")
+    try:
+      with files.bucket_errors(path):
+        file.write_text("")
+    except (UserError, RunError, OSError) as reason:
+      error = reason
+  # 0, or the exit status.
+  status = 0 if error is None else 2 if isinstance(error, UserError) else 1
+  status = multihost_utils.broadcast_one_to_all(np.array(status))
+  if status:
+    kind = UserError if status == 2 else RunError
+    raise error or kind(f"process 0 cannot write to {os.fspath(path)!r}")
   end = time.monotonic() + SEEN_SECONDS
   while not (seen := file.exists()) and time.monotonic() < end:
     time.sleep(0.1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from common.checkpoint import Checkpointer, checkpoint_steps, load_params
 from common.errors import RunError, UserError
@@ -114,13 +115,14 @@ def test_nothing_to_restore_is_none(tmp_path, mesh):
 
 
 @pytest.mark.parametrize("harm", ["cut", "bit"])
-@pytest.mark.parametrize("item", ["params", "state", "data", "host"])
+@pytest.mark.parametrize("item", ["params", "state", "data", "host", "metrics"])
 def test_a_broken_checkpoint_falls_back_and_says_so(
   tmp_path, mesh, item, harm, caplog
 ):
-  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer = Checkpointer(tmp_path / "c", best="loss")
   for step in (1, 2):
-    checkpointer.save(step, make_state(step, mesh), Box({"step": step}))
+    state, position = make_state(step, mesh), Box({"step": step})
+    checkpointer.save(step, state, position, metrics={"loss": step / 4})
   checkpointer.close()
   files = [f for f in (tmp_path / "c/2" / item).rglob("*") if f.is_file()]
   file = max(files, key=lambda file: file.stat().st_size)
@@ -132,7 +134,7 @@ def test_a_broken_checkpoint_falls_back_and_says_so(
   file.write_bytes(data)
   if item == "params":
     assert load_params(tmp_path / "c")[0] == 1
-  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer = Checkpointer(tmp_path / "c", best="loss")
   data = Box()
   state = checkpointer.restore(abstract(make_state(0, mesh), mesh), data)
   assert (int(state.step), data.value) == (1, {"step": 1})
@@ -140,6 +142,41 @@ def test_a_broken_checkpoint_falls_back_and_says_so(
   checkpointer.save(2, make_state(2, mesh), None)  # its place is free again
   checkpointer.close()
   assert (tmp_path / "c.unreadable" / "2").is_dir()
+
+
+def test_a_checkpoint_without_hashes_is_read_and_says_so(
+  tmp_path, mesh, caplog
+):
+  checkpointer = Checkpointer(tmp_path / "c")
+  checkpointer.save(1, make_state(1, mesh), None)
+  checkpointer.wait()
+  (tmp_path / "c/1/checksums.json").unlink()
+  state = checkpointer.restore(abstract(make_state(0, mesh), mesh), None)
+  assert int(state.step) == 1
+  assert "checkpoint 1 has no hashes" in caplog.text
+
+
+def test_no_training_asks_for_a_stop_with_the_numbers_of_another(
+  tmp_path, mesh, monkeypatch
+):
+  """jax names the next number that nobody has asked with; steps come again."""
+  asked = []
+
+  def reached(number):
+    asked.append(number)
+    return False
+
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", reached)
+  for name in ("a", "b"):
+    checkpointer = Checkpointer(tmp_path / name)
+    for step in (1, 2):
+      with monkeypatch.context() as several:
+        several.setattr(jax, "process_count", lambda: 2)
+        assert not checkpointer.reached_preemption()
+      checkpointer.save(step, make_state(step, mesh), None)
+    checkpointer.close()
+  first = asked[0]
+  assert asked == [first, first + 1, first + 2, first + 3]
 
 
 def test_a_changed_model_moves_nothing_away(tmp_path, mesh):

@@ -7,17 +7,20 @@ import pathlib
 import fsspec
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from etils.epath import backend
 from fsspec.implementations.local import LocalFileSystem
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from common.app import make_workdir
 from common.errors import RunError, UserError
 from common.state import TrainState
-from common.workdir import Workdir
+from common.workdir import Workdir, check_shared
 
 CONFIG = ConfigDict({"seed": 0, "log": {"every": 1}})
 
@@ -202,6 +205,31 @@ def test_what_a_bucket_refuses_is_a_line(
   )
   with pytest.raises(error, match=message):
     make_workdir("gs://bucket/run")
+
+
+def test_what_process_0_cannot_write_all_of_them_hear(bucket, monkeypatch):
+  told = []
+
+  def broadcast(value):
+    told.append(value)
+    return value
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+  with pytest.raises(UserError, match="'gs://buckte': there is no such bucket"):
+    check_shared(epath.Path("gs://buckte"))
+  with pytest.raises(FileNotFoundError):
+    check_shared(epath.Path(bucket / "missing"))
+  assert [int(status) for status in told[1::2]] == [2, 1]
+
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  for status, error in ((2, UserError), (1, RunError)):
+    answers = [np.array(status), np.zeros(2, np.uint32)]
+    monkeypatch.setattr(
+      multihost_utils, "broadcast_one_to_all", lambda _, a=answers: a.pop()
+    )
+    with pytest.raises(error, match="process 0 cannot write to 'gs://buckte'"):
+      check_shared(epath.Path("gs://buckte"))
 
 
 def test_an_interrupt_says_what_is_saved(tmp_path):
