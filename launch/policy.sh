@@ -13,6 +13,20 @@ PAUSE=${PAUSE:-20}     # seconds before the first of them, twice that before …
 STEADY=${STEADY:-3600} # a run that lasted so many seconds starts a new row
 BRIEF=${BRIEF:-300}    # a run that was stopped sooner has hardly gone on
 
+# forward: sets `forwarded`, the words that hand JAX_PLATFORMS and the variables
+# named in FORWARD to a command on another host.
+forward() {
+  local name
+  forwarded=(env)
+  for name in JAX_PLATFORMS ${FORWARD:-}; do
+    if [[ ! -v $name ]]; then
+      echo "error: FORWARD names $name, which is not set" >&2
+      exit 2
+    fi
+    forwarded+=("$name=${!name}")
+  done
+}
+
 # cause STATUS...: what the statuses of a run's processes come to. A refused
 # configuration counts before a failure, and that before those it has stopped.
 cause() {

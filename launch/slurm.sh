@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # One node under SLURM: one process with all of the node's GPUs.
 #
-#   PROJECT=thor CONFIG=configs/thor.py:paper \
-#     sbatch --gpus-per-node=8 launch/slurm.sh --config.seed=1
+#   PROJECT=thor sbatch --gpus-per-node=8 launch/slurm.sh --config.seed=1
 #
 # To be submitted from the repository's folder, where the job's output goes too.
 #
@@ -24,6 +23,7 @@ set -euo pipefail
 PROJECT=${PROJECT:-birdie}                     # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}          # a file, and :VARIANTS
 WORKDIR=${WORKDIR:-runs/$PROJECT-$SLURM_JOB_ID} # the same after a requeue
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}    # where missing, no CPU stands in
 
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck source-path=SCRIPTDIR source=policy.sh

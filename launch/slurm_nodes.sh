@@ -2,10 +2,11 @@
 # Several nodes under SLURM: a process for every GPU, which is how jax deals
 # them out among the tasks that srun starts.
 #
-#   PROJECT=birdie CONFIG=configs/birdie.py:paper WORKDIR=/shared/runs/paper \
+#   PROJECT=birdie WORKDIR=/shared/runs/a \
 #     sbatch --nodes=4 launch/slurm_nodes.sh --config.mesh.fsdp=8 \
-#     --config.mesh.model=4
+#     --config.data.batch_size=128 --config.evaluation.batch_size=128
 #
+# Nodes with 4 GPUs: --ntasks-per-node=4 --gpus-per-node=4 before the script.
 # To be submitted from the repository's folder, which all nodes see, as they see
 # WORKDIR; the job's output goes there too.
 #
@@ -27,6 +28,7 @@ set -euo pipefail
 PROJECT=${PROJECT:-birdie}                     # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}          # a file, and :VARIANTS
 WORKDIR=${WORKDIR:-runs/$PROJECT-$SLURM_JOB_ID} # the same after a requeue
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}    # where missing, no CPU stands in
 
 cd "$SLURM_SUBMIT_DIR"
 # shellcheck source-path=SCRIPTDIR source=policy.sh

@@ -2,12 +2,12 @@
 # Hosts that ssh reaches: a process a host, with all of its devices; here 4 a
 # host.
 #
-#   HOSTS="a b" WORKDIR=/shared/runs/paper PROJECT=birdie \
-#     CONFIG=configs/birdie.py:paper launch/ssh.sh --config.mesh.fsdp=8
+#   HOSTS="a b" WORKDIR=/shared/runs/a launch/ssh.sh --config.mesh.fsdp=8
 #
 # Each host has the repository and its .venv in the same folder, and sees
 # WORKDIR. Where one process fails the others end too, and all start again; see
-# policy.sh. Ctrl-C and SIGTERM have the run save, and end it.
+# policy.sh. Ctrl-C, SIGTERM and a terminal that is closed have the run save, and
+# end it: with `nohup`, or in tmux, it stays.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -17,11 +17,14 @@ CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
 WORKDIR=${WORKDIR:-$PWD/runs/$PROJECT}   # seen by all hosts
 DIR=${DIR:-$PWD}                         # the repository on each host
 COORDINATOR=${COORDINATOR:-${hosts[0]#*@}:8476} # as all hosts reach the first
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda} # where missing, no CPU stands in
+FORWARD=${FORWARD:-}                     # names of variables for the hosts
 GRACE=${GRACE:-10}                       # seconds to end by oneself
 POLL=${POLL:-1}
 
 # shellcheck source-path=SCRIPTDIR source=policy.sh
 source launch/policy.sh
+forward
 # A connection that is lost counts as a failure, after a minute.
 options=(-n -o BatchMode=yes -o ConnectTimeout=10
   -o ServerAliveInterval=15 -o ServerAliveCountMax=4)
@@ -51,9 +54,10 @@ signal_all() {
 process() {
   local i=$1 status=0
   shift
-  on_host "$i" python -m "$PROJECT.main" --config="$CONFIG" \
-    --workdir="$WORKDIR" --coordinator="$COORDINATOR" \
-    --num_processes="${#hosts[@]}" --process_id="$i" "$@" || status=$?
+  on_host "$i" "${forwarded[@]}" \
+    python -m "$PROJECT.main" --config="$CONFIG" --workdir="$WORKDIR" \
+    --coordinator="$COORDINATOR" --num_processes="${#hosts[@]}" \
+    --process_id="$i" "$@" || status=$?
   echo "$status" >"$statuses/$i"
 }
 
@@ -93,6 +97,6 @@ attempt() {
 
 stopped=
 trap 'stopped=130; signal_all TERM' INT
-trap 'stopped=143; signal_all TERM' TERM
+trap 'stopped=143; signal_all TERM' HUP TERM
 
 persist "$@"

@@ -2,14 +2,13 @@
 # A TPU slice of Google Cloud, through gcloud: asks for it, waits, installs,
 # runs, and begins anew with another one where it is taken away.
 #
-#   NAME=paper ZONE=us-central1-a ACCELERATOR=v5litepod-16 \
-#     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/tpu_pod.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
-#     --config.accum=13
+#   NAME=a ZONE=us-central1-a ACCELERATOR=v5litepod-16 \
+#     WORKDIR=gs://bucket/runs/a launch/tpu_pod.sh --config.mesh.fsdp=8 \
+#     --config.data.batch_size=16 --config.evaluation.batch_size=16
 #
-# What runs is the commit that is checked out. Ctrl-C and SIGTERM have the run
-# save, and end it; the slice stays (and costs) until
-#   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
+# What runs is the commit that is checked out. Ctrl-C, SIGTERM and a terminal
+# that is closed have the run save, and end it: with `nohup`, or in tmux, it
+# stays. However it ends, the slice stays and costs, unless DELETE is set.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -22,16 +21,26 @@ PROJECT=${PROJECT:-birdie}               # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
 WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
 DATA=${DATA:-}                           # gs://….tar that becomes /data
+DELETE=${DELETE:-}                       # yes: the slice goes when the run ends
+CREATE_FLAGS=${CREATE_FLAGS:-}           # of `queued-resources create`, such as
+                                         # --service-account=… --network=…
+SSH_FLAGS=${SSH_FLAGS:-}                 # such as --tunnel-through-iap
+export JAX_PLATFORMS=${JAX_PLATFORMS:-tpu}
+FORWARD=${FORWARD:-}                     # names of variables for the hosts
 LOG=${LOG:-$NAME.log}
 PAUSE=${PAUSE:-60}                       # a lost slice is shown for a while
 POLL=${POLL:-30}
 
 # shellcheck source-path=SCRIPTDIR source=policy.sh
 source launch/policy.sh
+forward
+read -ra create_flags <<<"$CREATE_FLAGS"
+read -ra ssh_flags <<<"$SSH_FLAGS"
 commit=$(git rev-parse HEAD)
 output=$(mktemp)
 archive=$(mktemp)
-trap 'rm -f "$output" "$archive"' EXIT
+requested=
+trap finish EXIT
 
 queued() {
   gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"
@@ -39,12 +48,24 @@ queued() {
 
 on_workers() {
   gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all \
-    --command="$1"
+    --quiet "${ssh_flags[@]}" --command="$1"
 }
 
-# up: returns when the slice is there.
+finish() {
+  rm -f "$output" "$archive"
+  if [[ -n $DELETE && -n $requested ]]; then
+    queued delete --force --quiet || true
+  elif [[ -n $requested ]]; then
+    echo "$NAME stays, and costs, until: gcloud compute tpus" \
+      "queued-resources delete $NAME --zone=$ZONE --force" >&2
+  fi
+}
+
+# up: returns when the slice is there. One that was taken away is asked for
+# again; a request that has failed says why, and counts as a failure.
 up() {
   local state
+  requested=yes
   while [[ -z $stopped ]]; do
     state=$(gcloud compute tpus queued-resources list --zone="$ZONE" \
       --filter="name ~ /$NAME\$" --format="value(state.state)") || return
@@ -52,9 +73,16 @@ up() {
       ACTIVE) return ;;
       "")
         queued create --node-id="$NAME" --accelerator-type="$ACCELERATOR" \
-          --runtime-version="$RUNTIME" ${CAPACITY:+"$CAPACITY"} || return
+          --runtime-version="$RUNTIME" ${CAPACITY:+"$CAPACITY"} \
+          "${create_flags[@]}" || return
         ;;
-      FAILED | SUSPENDED) queued delete --force --quiet || return ;;
+      SUSPENDED) queued delete --force --quiet || return ;;
+      FAILED)
+        echo "$NAME: FAILED: $(queued describe \
+          --format="value(state.failedData.error.message)")" >&2
+        queued delete --force --quiet || return
+        return 1
+        ;;
       *)
         echo "$NAME: $state" >&2
         pause "$POLL"
@@ -69,7 +97,7 @@ up() {
 install() {
   git archive --format=tar.gz --output="$archive" "$commit" || return
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:tetrad.tar.gz" \
-    --zone="$ZONE" --worker=all || return
+    --zone="$ZONE" --worker=all --quiet "${ssh_flags[@]}" || return
   # shellcheck disable=SC2016 # $HOME is the worker's
   on_workers 'set -e
     mkdir -p tetrad && tar -xzf tetrad.tar.gz -C tetrad && cd tetrad
@@ -100,8 +128,9 @@ attempt() {
   : >"$output"
   {
     on_workers "$(printf '%q ' tetrad/launch/worker.sh "$NAME" \
-      python -m "$PROJECT.main" --config="$CONFIG" --workdir="$WORKDIR" \
-      --distributed "$@")" 2>&1 || echo "worker gcloud: exit status $?"
+      "${forwarded[@]}" python -m "$PROJECT.main" --config="$CONFIG" \
+      --workdir="$WORKDIR" --distributed "$@")" 2>&1 ||
+      echo "worker gcloud: exit status $?"
   } | tee -a "$LOG" "$output" &
   pid=$!
   while kill -s 0 "$pid" 2>/dev/null; do
@@ -120,6 +149,6 @@ stop() {
 
 stopped=
 trap 'stop 130' INT
-trap 'stop 143' TERM
+trap 'stop 143' HUP TERM
 
 persist "$@"

@@ -3,9 +3,8 @@
 # restarts included.
 #
 #   CLUSTER=mine TPU_TYPE=v5litepod-16 IMAGE=REGION-docker.pkg.dev/…/tetrad \
-#     WORKDIR=gs://bucket/runs/paper CONFIG=configs/birdie.py:paper \
-#     launch/xpk.sh --config.mesh.fsdp=8 --config.mesh.model=2 \
-#     --config.accum=13
+#     WORKDIR=gs://bucket/runs/a launch/xpk.sh --config.mesh.fsdp=8 \
+#     --config.data.batch_size=16 --config.evaluation.batch_size=16
 #
 # IMAGE comes from Dockerfile; see README.md.
 set -euo pipefail
@@ -19,8 +18,21 @@ IMAGE=${IMAGE:?an image that Dockerfile made}
 PROJECT=${PROJECT:-birdie}               # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
 WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
+DATA=${DATA:-}                           # gs://….tar that becomes /data
 # xpk counts all of them, so this is a number that preemptions do not reach.
 RESTARTS=${RESTARTS:-100}
+
+# An image for Python has no gcloud; fsspec comes with the extra `gcs`.
+data=
+if [[ -n $DATA ]]; then
+  cat="import shutil, sys, fsspec; "
+  cat+="shutil.copyfileobj(fsspec.open(sys.argv[1]).open(), sys.stdout.buffer)"
+  data="set -eo pipefail; mkdir -p /data; "
+  data+="$(printf '%q ' python -c "$cat" "$DATA")| tar -xf - -C /data; "
+fi
+
+command=(python -m "$PROJECT.main" --config="$CONFIG" --workdir="$WORKDIR"
+  --distributed "$@")
 
 # Of itself xpk starts again after 42 and 127-255: 143, and deaths by a signal.
 # JAX_PLATFORMS: where the TPUs are missing the run fails, no CPU stands in.
@@ -34,5 +46,4 @@ xpk workload create \
   --max-restarts="$RESTARTS" \
   --restart-on-exit-codes=1 \
   --termination-grace-period-seconds=300 \
-  --command="exec env JAX_PLATFORMS=tpu $(printf '%q ' python -m "$PROJECT.main" \
-    --config="$CONFIG" --workdir="$WORKDIR" --distributed "$@")"
+  --command="${data}exec env JAX_PLATFORMS=tpu $(printf '%q ' "${command[@]}")"

@@ -4,9 +4,13 @@ import json
 import pathlib
 import re
 import shlex
+import string
 import tomllib
 
 import pytest
+from ml_collections import ConfigDict
+
+from common.data.tokenizers import make_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md"))]
@@ -67,3 +71,21 @@ def test_the_story_is_one(tmp_path):
   (tmp_path / "stories").write_text(example)
   (story,) = read_stories(str(tmp_path / "stories"))
   assert story.choices[story.answer] == "It was late."
+
+
+def test_a_tokenizer_as_birdies_page_makes_it(tmp_path, monkeypatch):
+  page = (ROOT / "birdie/README.md").read_text()
+  (code,) = re.findall(r"```python\n(import itertools.*?)```", page, re.S)
+  text = "def f(x):\n    return  x  # ñ\n"
+  (tmp_path / "a.txt").write_text(text * 20 + string.printable)
+  monkeypatch.chdir(tmp_path)
+  code = re.sub(
+    r"cfg = (?s:.*?)books",
+    'cfg = ConfigDict({"kind": "text", "path": "a.txt"})\nbooks',
+    code,
+  )
+  exec(code.replace("/data/", "").replace("32_000", "370"), {})
+  tokenizer = make_tokenizer(
+    ConfigDict({"kind": "sentencepiece", "path": "tokenizer.model"})
+  )
+  assert tokenizer.decode(tokenizer.encode(text)) == text

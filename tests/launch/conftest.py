@@ -30,7 +30,8 @@ number=${SLURM_PROCID:-${WORKER:-0}}
 for flag in "$@"; do
   [[ $flag != --process_id=* ]] || number=${flag#*=}
 done
-env | grep ^JAX_ | sort >"$LOGS/variables.$number"
+env | grep ^JAX_COORDINATOR | sort >"$LOGS/variables.$number"
+env | grep ^JAX_PLATFORMS >"$LOGS/platforms.$number"
 printf '%q ' "$@" >>"$LOGS/python.$number"
 echo >>"$LOGS/python.$number"
 plan=PLAN_$number
@@ -98,6 +99,7 @@ case "$*" in
     head -n 1 "$LOGS/states"
     sed -i 1d "$LOGS/states"
     ;;
+  *queued-resources\ describe*) echo "no more quota" ;;
   *"--command=set -e"*) ;;
   *tpu-vm\ ssh*)
     command=${*: -1}

@@ -117,14 +117,64 @@ def test_one_node_is_one_process(check_command, place):
   assert "--distributed" not in command
 
 
-def test_xpk(check_command, place):
+@pytest.mark.parametrize(
+  ("launcher", "platform"),
+  [("ssh", "cuda"), ("slurm", "cuda"), ("tpu_pod", "tpu")],
+)
+def test_no_cpu_stands_in_for_what_a_launcher_is_for(place, launcher, platform):
+  run = getattr(place, launcher)
+  assert run() == 0
+  assert place.log("platforms.1") == [f"JAX_PLATFORMS={platform}"]
+  assert run(JAX_PLATFORMS="cpu") == 0
+  assert place.log("platforms.1") == ["JAX_PLATFORMS=cpu"]
+
+
+@pytest.mark.parametrize(
+  ("launcher", "connection"), [("ssh", "ssh"), ("tpu_pod", "gcloud")]
+)
+def test_variables_reach_other_hosts_by_their_names(
+  place, launcher, connection
+):
+  run = getattr(place, launcher)
+  names = {"FORWARD": "NCCL_SOCKET_IFNAME XLA_FLAGS"}
+  values = {"NCCL_SOCKET_IFNAME": "eth1", "XLA_FLAGS": "--a --b"}
+  assert run(**names, **values) == 0
+  (sent, *_) = [line for line in place.log(connection) if ".main" in line]
+  assert r" NCCL_SOCKET_IFNAME=eth1 XLA_FLAGS=--a\ --b python -m " in sent
+  assert run(**names, NCCL_SOCKET_IFNAME="eth1") == 2
+  assert place.output == "error: FORWARD names XLA_FLAGS, which is not set\n"
+
+
+def xpk(place, *flags, **variables):
+  """The options with which a workload is made."""
   where = {"CLUSTER": "c", "IMAGE": "i", "WORKDIR": "gs://bucket/a"}
-  flags = ["--config.optim.betas=(0.9, 0.99)", "--config.seed=1"]
-  assert place.run("xpk.sh", *flags, **where) == 0
-  (line,) = place.log("xpk")
-  words = shlex.split(line)
+  assert place.run("xpk.sh", *flags, **where, **variables) == 0
+  words = shlex.split(place.log("xpk")[-1])
   assert words[:2] == ["workload", "create"]
-  given = dict(word.split("=", 1) for word in words[2:])
+  return dict(word.split("=", 1) for word in words[2:])
+
+
+def test_xpk_unpacks_data_first(place, tmp_path):
+  """Run as xpk does it, in a shell of its own, with a disk's folder."""
+  (tmp_path / "made").mkdir()
+  (tmp_path / "made/tokens").write_text("1 2 3")
+  tar = tmp_path / "a b.tar"
+  command = ["tar", "--format=posix", "-cf", tar, "-C", tmp_path / "made", "."]
+  subprocess.run(command, check=True)
+  command = xpk(place, DATA=f"file://{tar}")["--command"]
+  unpack, run = command.split("exec env")
+  assert "python -m birdie.main" in run
+  unpack = unpack.replace("/data", str(tmp_path / "data"))
+  unpack = unpack.replace("python -c", f"{sys.executable} -c")
+  subprocess.run(["bash", "-c", f"({unpack})"], check=True)
+  assert (tmp_path / "data/tokens").read_text() == "1 2 3"
+  lost = unpack.replace("b.tar", "c.tar")
+  assert subprocess.run(["bash", "-c", f"({lost})"], check=False).returncode
+
+
+def test_xpk(check_command, place):
+  flags = ["--config.optim.betas=(0.9, 0.99)", "--config.seed=1"]
+  given = xpk(place, *flags)
   start = "exec env JAX_PLATFORMS=tpu "
   assert given["--command"].startswith(start)
   python, *argv = shlex.split(given["--command"].removeprefix(start))

@@ -150,7 +150,8 @@ def wait_for(file, *, lines=1):
 
 
 @pytest.mark.parametrize(
-  ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+  ("number", "status"),
+  [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)],
 )
 @pytest.mark.parametrize("launcher", ["ssh", "tpu_pod"])
 def test_a_launcher_that_is_stopped_has_the_run_save(
@@ -268,3 +269,30 @@ def test_a_slice_that_is_taken_away_is_asked_for_again(place):
     if "storage cat" in line
   )
   assert len(place.log("git")) == 3  # which commit, and that one twice
+
+
+def test_a_request_that_fails_says_why_and_is_not_made_for_ever(place):
+  assert place.tpu_pod(["FAILED"] * 9) == 1
+  assert place.output.count("tetrad: FAILED: no more quota\n") == 4
+  assert "status 1 after 3 restarts: giving up" in place.output
+  assert not place.commands(0)
+
+
+@pytest.mark.parametrize("delete", ["", "yes"])
+@pytest.mark.parametrize("status", [0, 2])
+def test_a_slice_is_deleted_or_its_costs_are_named(place, status, delete):
+  plan = {"PLAN_0": str(status), "PLAN_1": str(status)}
+  assert place.tpu_pod(DELETE=delete, **plan) == status
+  deleted = any("resources delete" in line for line in place.log("gcloud"))
+  told = "tetrad stays, and costs, until: gcloud" in place.output
+  assert (deleted, told) == (bool(delete), not delete)
+
+
+def test_flags_for_gcloud(place):
+  flags = {"CREATE_FLAGS": "--network=n --data-disk=d", "SSH_FLAGS": "--iap"}
+  assert place.tpu_pod(["", "ACTIVE"], **flags) == 0
+  (made,) = [line for line in place.log("gcloud") if " create " in line]
+  assert made.endswith("--spot --network=n --data-disk=d")
+  reached = [line for line in place.log("gcloud") if " tpu-vm " in line]
+  assert len(reached) == 3
+  assert all(" --iap" in line for line in reached)
