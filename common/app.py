@@ -413,11 +413,24 @@ def _start_jax(args: argparse.Namespace, config: ConfigDict) -> None:
     jax.config.update("jax_platforms", f"{platforms},cpu")
   _use_cache(config)
   _join(args)
-  # Without a GPU's device file jax passes over `cuda`, and says nothing.
-  if accelerated and jax.default_backend() == "cpu":
+  if accelerated:
+    _check_device(platforms)
+
+
+def _check_device(platforms: str) -> None:
+  import jax
+
+  problem = ""
+  try:
+    # Without a GPU's device file jax passes over `cuda`, and says nothing.
+    if jax.default_backend() == "cpu":
+      problem = "there is no such device"
+  except RuntimeError as error:
+    problem = one_line(error)
+  if problem:
     raise RunError(
-      f"JAX_PLATFORMS={platforms}, and there is no such device: look for the "
-      "driver and the extra, or name cpu"
+      f"JAX_PLATFORMS={platforms}: {problem}; look for the driver and the "
+      "extra, or name cpu"
     )
 
 

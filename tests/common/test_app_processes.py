@@ -288,23 +288,34 @@ def test_processes_that_nobody_names_are_refused(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("asked", "there", "status"),
-  [("cuda", "cpu", 1), ("cuda", "gpu", 0), ("cuda,cpu", "cpu", 0)],
+  ("asked", "there", "problem"),
+  [
+    ("cuda", "cpu", "there is no such device"),
+    ("cuda", "gpu", ""),
+    ("cuda,cpu", "cpu", ""),
+    ("tpu", None, "cannot open libtpu.so"),
+  ],
 )
 def test_a_platform_that_is_asked_for_and_not_there(
-  run, monkeypatch, asked, there, status
+  run, monkeypatch, asked, there, problem
 ):
   """jax leaves `cuda` out where there is no GPU, and would go on with cpu."""
+
+  def backend():
+    if there is None:
+      raise RuntimeError(problem)
+    return there
+
   before = jax.config.jax_platforms
   monkeypatch.setenv("JAX_PLATFORMS", asked)
-  monkeypatch.setattr(jax, "default_backend", lambda: there)
+  monkeypatch.setattr(jax, "default_backend", backend)
   try:
-    found, error = run()
+    status, error = run()
   finally:
     jax.config.update("jax_platforms", before)
-  assert found == status
-  line = f"error: JAX_PLATFORMS={asked}, and there is no such device"
-  assert (error.count("\n") == 1 and error.startswith(line)) == bool(status)
+  assert status == bool(problem)
+  line = f"error: JAX_PLATFORMS={asked}: {problem}; look for the driver"
+  assert (error.count("\n") == 1 and error.startswith(line)) == bool(problem)
 
 
 @pytest.mark.parametrize(
