@@ -19,7 +19,7 @@ RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # the kind's own; v6e: v2-alpha-tpuv6e
 CAPACITY=${CAPACITY=--spot}              # or --reserved, or empty: on demand
 PROJECT=${PROJECT:-birdie}               # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
-WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
+WORKDIR=${WORKDIR:?gs://bucket/runs/a; slimsam: a disk that all hosts mount}
 DATA=${DATA:-}                           # gs://….tar that becomes /data
 DELETE=${DELETE:-}                       # yes: the slice goes when the run ends
 CREATE_FLAGS=${CREATE_FLAGS:-}           # of `queued-resources create`, such as

@@ -17,7 +17,7 @@ SLICES=${SLICES:-1}
 IMAGE=${IMAGE:?an image that Dockerfile made}
 PROJECT=${PROJECT:-birdie}               # birdie, udim, slimsam, thor
 CONFIG=${CONFIG:-configs/$PROJECT.py}    # a file, and :VARIANTS
-WORKDIR=${WORKDIR:?a folder in a bucket, such as gs://bucket/runs/paper}
+WORKDIR=${WORKDIR:?gs://bucket/runs/a; slimsam: a disk that all hosts mount}
 DATA=${DATA:-}                           # gs://….tar that becomes /data
 # xpk counts all of them, so this is a number that preemptions do not reach.
 RESTARTS=${RESTARTS:-100}
