@@ -15,7 +15,13 @@ import optax
 
 from common import files
 from common.optim import make_optimizer
-from common.parallel import abstract_sharded, from_host, init_sharded, to_host
+from common.parallel import (
+  abstract_sharded,
+  from_host,
+  init_sharded,
+  to_host,
+  wait_for_all,
+)
 from common.places import taken
 from common.rngs import RngStreams
 from common.state import TrainState
@@ -32,7 +38,7 @@ from slimsam.parts import Part, best_params, fit
 from slimsam.plateau import HalveOnPlateau, scale_by_factor
 from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
-from slimsam.run import MODEL, First, Measure, Model, Run, alone, wait_for_all
+from slimsam.run import MODEL, First, Measure, Model, Run, alone
 from slimsam.settings import DecoderSettings, SamSettings, uniform
 from slimsam.stages import Roles, Stage, make_steps
 from slimsam.targets import fingerprint, kept_targets
