@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from common import files
 from common.optim import make_optimizer
@@ -26,6 +27,7 @@ from common.places import taken
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
+from common.workdir import check_shared
 from slimsam import teacher as teacher_lib
 from slimsam import weights
 from slimsam.checks import check, check_local
@@ -61,7 +63,9 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   """
   stages = check(config)
   check_local(workdir)
-  with taken(workdir):
+  folder = epath.Path(workdir)
+  with taken(folder):
+    check_shared(folder)
     return train_stages(Run(config, pathlib.Path(workdir)), stages)
 
 
