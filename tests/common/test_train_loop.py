@@ -14,8 +14,8 @@ import pytest
 
 from common import hooks as hooks_lib
 from common.checkpoint import Checkpointer
-from common.errors import Preempted
-from common.metrics import Mean, MetricWriter
+from common.errors import Preempted, RunError
+from common.metrics import Digest, Mean, MetricWriter
 from common.progress import ProgressBar
 from common.rngs import RngStreams
 from common.state import TrainState
@@ -246,6 +246,69 @@ def test_sigterm_saves_at_the_end_of_the_step_and_leaves(tmp_path):
   state, step = setup()
   restored = checkpointer.restore(abstract(state), data)
   assert (int(restored.step), data.position) == (3, 3)
+
+
+def digest(step, *, parted):
+  """Of what eight devices have computed; one may have parted."""
+  mesh = jax.make_mesh((8,), ("data",))
+  bits = np.full(8, step, np.uint32)
+  bits[5] += parted
+  sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  return Digest(jax.device_put(bits, sharding))
+
+
+class Saver:
+  """Stands for a `Checkpointer`; its machine is taken away at step 7."""
+
+  def __init__(self):
+    self.steps = []
+
+  def save(self, step, *state, metrics):
+    self.steps.append(step)
+
+  def reached_preemption(self, step):
+    return step == 7
+
+  def wait(self):
+    pass
+
+
+def run_hooks(hooks, num_steps, *, parted_at=0):
+  """As `train` does, without a program."""
+  for step in range(1, num_steps + 1):
+    metrics = {"draws": digest(step, parted=step == parted_at)}
+    for hook in hooks:
+      if is_due(hook.every, step, last=False):
+        hook(StepInfo(step, None, metrics, None))
+
+
+@pytest.mark.parametrize(
+  ("parted_at", "seen", "saved"), [(3, "1 to 4", []), (6, "5 to 7", [4])]
+)
+def test_devices_that_part_are_seen_before_a_save(parted_at, seen, saved):
+  """Every fourth step's, and that of a preemption; the interval is longer."""
+  saver, same = Saver(), hooks_lib.SameEverywhere(10, "draws")
+  save = hooks_lib.CheckpointHook(4, saver, host={}, same=same)
+  hooks = [same, save, hooks_lib.PreemptionHook(save)]
+  with pytest.raises(RunError, match=f"in their draws of steps {seen}$"):
+    run_hooks(hooks, 8, parted_at=parted_at)
+  assert saver.steps == saved
+
+
+def test_a_save_compares_only_what_has_not_been(monkeypatch):
+  compared, saver = [], Saver()
+  monkeypatch.setattr(
+    hooks_lib, "check_same", lambda content, what: compared.append(what)
+  )
+  same = hooks_lib.SameEverywhere(3, "draws")
+  save = hooks_lib.CheckpointHook(
+    {3, 5}.__contains__, saver, host={}, same=same
+  )
+  run_hooks([same, save], 6)
+  assert compared == [
+    f"draws of steps {n}" for n in ("1 to 3", "4 to 5", "6 to 6")
+  ]
+  assert saver.steps == [3, 5]
 
 
 def test_the_profiler_writes_a_trace(tmp_path):
