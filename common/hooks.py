@@ -221,8 +221,9 @@ class SameEverywhere:
   """Stops a run whose devices or processes no longer compute the same.
 
   Every step's `Digest`s are kept, and once an interval each process hashes
-  those of its own devices, of all steps since, and compares: what each computes
-  for itself, such as which experts a step draws, can never part unseen.
+  those of its own devices, of all steps since, and compares. `CheckpointHook`
+  calls `flush` before it saves: what each computes for itself, such as which
+  experts a step draws, can never part unseen, and no parted state is saved.
 
   Args:
     interval: steps between two comparisons.
@@ -235,8 +236,10 @@ class SameEverywhere:
     self._interval = interval
     self._what = what
     self._pending: list[list[list[jax.Array]]] = []  # [steps, digests, devices]
+    self._step = 0  # the last one of these
 
   def __call__(self, info: StepInfo) -> None:
+    self._step = info.step
     self._pending.append(
       [
         [shard.data for shard in digest.bits.addressable_shards]
@@ -244,11 +247,17 @@ class SameEverywhere:
         if isinstance(digest, Digest)
       ]
     )
-    if not is_due(self._interval, info.step, last=info.last):
+    if is_due(self._interval, info.step, last=info.last):
+      self.flush()
+
+  def flush(self) -> None:
+    """Compares the steps since the last time; all processes call it."""
+    if not self._pending:
       return
     steps = jax.device_get(self._pending)
     self._pending = []
-    what = f"{self._what} of steps {info.step - len(steps) + 1} to {info.step}"
+    first = self._step - len(steps) + 1
+    what = f"{self._what} of steps {first} to {self._step}"
     # One value each, unless this process's own devices differ.
     values = [np.unique(devices) for digests in steps for devices in digests]
     check_same(b"".join(value.tobytes() for value in values), what)
@@ -264,6 +273,7 @@ class CheckpointHook:
     checkpointer: where.
     host: named objects to save with it.
     guard: asked first, so that no bad state is ever saved.
+    same: asked next, so that no state is on which devices have parted.
     metrics: step -> values to rank that step's checkpoint by; empty where
       nothing was measured at it.
   """
@@ -275,12 +285,14 @@ class CheckpointHook:
     *,
     host: Mapping[str, Stateful],
     guard: StopOnNonFinite | None = None,
+    same: SameEverywhere | None = None,
     metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
   ):
     self.every = every
     self.checkpointer = checkpointer
     self._host = host
     self._guard = guard
+    self._same = same
     self._metrics = metrics
     self._saved: int | None = None
 
@@ -289,6 +301,8 @@ class CheckpointHook:
       return
     if self._guard is not None:
       self._guard.flush()
+    if self._same is not None:
+      self._same.flush()
     self.checkpointer.save(
       info.step,
       info.state,

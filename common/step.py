@@ -33,10 +33,33 @@ class StepChoice:
   convolutions in branches badly on the CPU.
 
   Attributes:
-    choose: updates done so far -> the step function for the next one.
+    choose: updates done so far -> the step function for the next one, jitted or
+      a `Given`.
   """
 
   choose: Callable[[int], StepFn]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+  """A jitted step with what it is given besides state and batch.
+
+  Two are equal that run the same program.
+
+  Attributes:
+    program: see `make_train_step`.
+    constants: arrays, such as a teacher's parameters.
+  """
+
+  program: Any
+  constants: tuple[PyTree, ...] = dataclasses.field(compare=False)
+
+  def __call__(self, state: TrainState, batch: Batch) -> Any:
+    return self.program(state, batch, *self.constants)
+
+  def lower(self, state: TrainState, batch: Batch) -> Any:
+    """As `jax.jit` has it, for who compiles before the first call."""
+    return self.program.lower(state, batch, *self.constants)
 
 
 def make_train_step(

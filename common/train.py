@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 
 from common.state import TrainState
-from common.step import StepChoice, StepFn
+from common.step import Given, StepChoice, StepFn
 
 COMPILE_SECONDS = 1800
 Every = int | Callable[[int], bool]
@@ -77,7 +77,7 @@ def train(
   Args:
     state: where to start; its buffers are donated to the first step.
     step_fn: see `common.step.make_train_step`; a `StepChoice` is asked before
-      every step.
+      every step. What is called is jitted, or a `Given`.
     data: an iterator of device batches.
     num_steps: the step to stop at, counted from the state's creation.
     hooks: run in order after every step they are due at.
@@ -89,6 +89,7 @@ def train(
   Raises:
     StopIteration: never; data that ends early ends the loop with an error
       that names the step.
+    ValueError: for a step that cannot be compiled before it is called.
   """
   step, together = int(state.step), _Together()
   context = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
@@ -128,11 +129,19 @@ class _Together:
     self._seen: set[Any] = set()
 
   def __call__(self, function: Any, *arguments: Any) -> None:
-    if not self._is_needed or not hasattr(function, "lower"):
+    if isinstance(function, Given):
+      # By itself, so that nothing here holds a teacher that is let go of.
+      function, arguments = function.program, (*arguments, *function.constants)
+    if not hasattr(function, "lower"):  # one process tells it as well
+      raise ValueError(
+        f"the step {function!r} has no `lower`: give what jax.jit returns, or "
+        "a common.step.Given of it"
+      )
+    if not self._is_needed:
       return
-    leaves = jax.tree.leaves(arguments)
-    program = function, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    if program in self._seen:
+    leaves, structure = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    if (program := (function, structure, shapes)) in self._seen:
       return
     self._seen.add(program)
     import orbax.checkpoint as ocp

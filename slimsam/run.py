@@ -190,18 +190,6 @@ def as_teacher(encoder: PyTree, dtype: str) -> PyTree:
   return jax.tree_util.tree_map_with_path(cast, encoder)
 
 
-def wait_for_all(what: str) -> None:
-  """Returns when every process has come here.
-
-  Args:
-    what: has been done, for errors.
-  """
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    multihost_utils.sync_global_devices(what)
-
-
 def alone() -> Any:
   """A context in which jit runs on one device of this process."""
   return on_device(jax.local_devices()[0])

@@ -27,7 +27,7 @@ from common.config import did_you_mean
 from common.errors import UserError
 from common.metrics import Mean
 from common.nn import Array
-from common.step import StepChoice
+from common.step import Given, StepChoice
 from slimsam import distill
 from slimsam.distill import Errors, Model, follow
 from slimsam.encoder import Compute, encode
@@ -263,6 +263,6 @@ def make_steps(
         held[name] = place(given[name])
     weights = stage.weights(epoch)
     seen = {**held, "weights": weights if wanted else weights[:1]}
-    return lambda state, batch: programs[wanted](state, batch, seen)
+    return Given(programs[wanted], (seen,))
 
   return StepChoice(choose)

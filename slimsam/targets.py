@@ -21,11 +21,11 @@ import numpy as np
 
 from common import files
 from common.errors import UserError
-from common.parallel import to_host
+from common.parallel import to_host, wait_for_all
 from common.tree import names
 from slimsam.data import Targets, image_batches
 from slimsam.encoder import DTYPES, Compute, encode
-from slimsam.run import First, Model, Run, wait_for_all
+from slimsam.run import First, Model, Run
 
 log = logging.getLogger(__name__)
 FOLDER, FILE = "targets", "targets.json"

@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 
 from common import files
 from common.optim import make_optimizer
-from common.parallel import abstract_sharded, from_host, init_sharded, to_host
+from common.parallel import (
+  abstract_sharded,
+  from_host,
+  init_sharded,
+  to_host,
+  wait_for_all,
+)
 from common.places import taken
 from common.rngs import RngStreams
 from common.state import TrainState
 from common.step import make_train_step
+from common.workdir import check_shared
 from slimsam import teacher as teacher_lib
 from slimsam import weights
 from slimsam.checks import check, check_local
@@ -32,7 +40,7 @@ from slimsam.parts import Part, best_params, fit
 from slimsam.plateau import HalveOnPlateau, scale_by_factor
 from slimsam.prune import prune_model
 from slimsam.report import PRUNED, part_report, write_page
-from slimsam.run import MODEL, First, Measure, Model, Run, alone, wait_for_all
+from slimsam.run import MODEL, First, Measure, Model, Run, alone
 from slimsam.settings import DecoderSettings, SamSettings, uniform
 from slimsam.stages import Roles, Stage, make_steps
 from slimsam.targets import fingerprint, kept_targets
@@ -55,7 +63,9 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike) -> Model:
   """
   stages = check(config)
   check_local(workdir)
-  with taken(workdir):
+  folder = epath.Path(workdir)
+  with taken(folder):
+    check_shared(folder)
     return train_stages(Run(config, pathlib.Path(workdir)), stages)
 
 

@@ -267,8 +267,9 @@ def make_hooks(
   folder: Workdir,
   progress: ProgressBar,
 ) -> hooks_lib.RunHooks:
-  """Guard, log, evaluate, translate, save, preempt, profile: in this order."""
+  """Guards, log, evaluate, translate, save, preempt, profile: in this order."""
   guard = hooks_lib.StopOnNonFinite()
+  draws = hooks_lib.SameEverywhere(config.log.every, "draws of experts")
   evaluator = Evaluator(
     setup.settings,
     setup.routing,
@@ -306,10 +307,10 @@ def make_hooks(
     folder.checkpointer,
     host=host,
     guard=guard,
+    same=draws,
     metrics=lambda step: evaluation.latest if _measured(config, step) else {},
   )
   preemption = hooks_lib.PreemptionHook(checkpoint)
-  draws = hooks_lib.SameEverywhere(config.log.every, "draws of experts")
   in_order = [guard, draws, *host.values(), checkpoint, preemption]
   if config.profile.count:
     in_order.append(

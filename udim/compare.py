@@ -104,9 +104,13 @@ def tune(
   The configuration's own settings are not among them: they may have been
   chosen by anything.
 
-  Writes `chosen.json`: the accuracies of all draws and what was chosen.
+  Writes `chosen.json`: the accuracies of all draws and what was chosen. Process
+  0 writes, and all return when it is there.
   """
+  import jax
+
   from common import files
+  from common.parallel import wait_for_all
   from udim import jobs as jobs_lib
   from udim.results import best_draw, draw_scores
 
@@ -123,9 +127,11 @@ def tune(
     chosen[name] = best_draw(own)
     page[name] = {"chosen": chosen[name], "draws": draw_scores(own)}
     log.info("%s: draw %d of %d", name, chosen[name], config.search.draws)
-  files.replace(
-    runner.folder / "chosen.json", json.dumps(page, indent=1) + "\n"
-  )
+  if jax.process_index() == 0:
+    files.replace(
+      runner.folder / "chosen.json", json.dumps(page, indent=1) + "\n"
+    )
+  wait_for_all("draws chosen")
   return chosen
 
 
@@ -186,10 +192,10 @@ class Runner:
   def _run(self, job: Any, *, landscape: bool) -> Any:
     import jax
     import numpy as np
-    from jax.experimental import multihost_utils
 
     from common.hooks import NonFiniteError
     from common.metrics import read_metrics
+    from common.parallel import wait_for_all
     from udim import measure
     from udim.jobs import load_shared
     from udim.results import Result
@@ -224,8 +230,7 @@ class Runner:
       ).save(folder)  # fmt: skip
       if not job.config.compare.keep_checkpoints:
         (folder / "checkpoints").rmtree()
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f"result of {job.folder}")
+    wait_for_all(f"result of {job.folder}")
     return Result.load(folder)
 
   def _steps_of(self, job: Any, setup: Any) -> tuple[str, Any]:

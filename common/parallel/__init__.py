@@ -12,6 +12,7 @@ _EXPORTS = {
   "on_device": "common.parallel.mesh",
   "local_mesh": "common.parallel.mesh",
   "check_same": "common.parallel.mesh",
+  "wait_for_all": "common.parallel.mesh",
   "gather_texts": "common.parallel.mesh",
   "from_host": "common.parallel.mesh",
   "to_host": "common.parallel.mesh",

@@ -227,6 +227,18 @@ def check_same(content: bytes, what: str) -> None:
     raise RunError(f"processes differ in their {what}; the hashes are {hashes}")
 
 
+def wait_for_all(what: str) -> None:
+  """Returns when every process has come here.
+
+  Args:
+    what: has been done, for errors.
+  """
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(what)
+
+
 def gather_texts(texts: Sequence[str]) -> list[str]:
   """Puts together what processes have dealt out among themselves.
 

@@ -3,21 +3,23 @@
 import json
 import os
 import signal
+import weakref
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from common import hooks as hooks_lib
 from common.checkpoint import Checkpointer
-from common.errors import Preempted
-from common.metrics import Mean, MetricWriter
+from common.errors import Preempted, RunError
+from common.metrics import Digest, Mean, MetricWriter
 from common.progress import ProgressBar
 from common.rngs import RngStreams
 from common.state import TrainState
-from common.step import StepChoice, make_train_step
+from common.step import Given, StepChoice, make_train_step
 from common.train import StepInfo, is_due, train
 
 
@@ -246,6 +248,69 @@ def test_sigterm_saves_at_the_end_of_the_step_and_leaves(tmp_path):
   assert (int(restored.step), data.position) == (3, 3)
 
 
+def digest(step, *, parted):
+  """Of what eight devices have computed; one may have parted."""
+  mesh = jax.make_mesh((8,), ("data",))
+  bits = np.full(8, step, np.uint32)
+  bits[5] += parted
+  sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  return Digest(jax.device_put(bits, sharding))
+
+
+class Saver:
+  """Stands for a `Checkpointer`; its machine is taken away at step 7."""
+
+  def __init__(self):
+    self.steps = []
+
+  def save(self, step, *state, metrics):
+    self.steps.append(step)
+
+  def reached_preemption(self, step):
+    return step == 7
+
+  def wait(self):
+    pass
+
+
+def run_hooks(hooks, num_steps, *, parted_at=0):
+  """As `train` does, without a program."""
+  for step in range(1, num_steps + 1):
+    metrics = {"draws": digest(step, parted=step == parted_at)}
+    for hook in hooks:
+      if is_due(hook.every, step, last=False):
+        hook(StepInfo(step, None, metrics, None))
+
+
+@pytest.mark.parametrize(
+  ("parted_at", "seen", "saved"), [(3, "1 to 4", []), (6, "5 to 7", [4])]
+)
+def test_devices_that_part_are_seen_before_a_save(parted_at, seen, saved):
+  """Every fourth step's, and that of a preemption; the interval is longer."""
+  saver, same = Saver(), hooks_lib.SameEverywhere(10, "draws")
+  save = hooks_lib.CheckpointHook(4, saver, host={}, same=same)
+  hooks = [same, save, hooks_lib.PreemptionHook(save)]
+  with pytest.raises(RunError, match=f"in their draws of steps {seen}$"):
+    run_hooks(hooks, 8, parted_at=parted_at)
+  assert saver.steps == saved
+
+
+def test_a_save_compares_only_what_has_not_been(monkeypatch):
+  compared, saver = [], Saver()
+  monkeypatch.setattr(
+    hooks_lib, "check_same", lambda content, what: compared.append(what)
+  )
+  same = hooks_lib.SameEverywhere(3, "draws")
+  save = hooks_lib.CheckpointHook(
+    {3, 5}.__contains__, saver, host={}, same=same
+  )
+  run_hooks([same, save], 6)
+  assert compared == [
+    f"draws of steps {n}" for n in ("1 to 3", "4 to 5", "6 to 6")
+  ]
+  assert saver.steps == [3, 5]
+
+
 def test_the_profiler_writes_a_trace(tmp_path):
   state, step = setup()
   profile = hooks_lib.ProfileHook(str(tmp_path / "p"), start=2, count=2)
@@ -253,13 +318,16 @@ def test_the_profiler_writes_a_trace(tmp_path):
   assert list((tmp_path / "p").rglob("*.xplane.pb"))
 
 
-def test_the_host_chooses_among_steps():
-  state, step = setup()
-  asked = []
+def test_the_host_chooses_among_steps_and_what_they_are_given():
+  def signed(params, batch, rngs, sign):
+    return loss_fn(params, {"x": sign * batch["x"]}, rngs)
+
+  state, _ = setup()
+  step, asked = make_train_step(signed, optax.adam(0.1), RngStreams(0)), []
 
   def choose(number):
     asked.append(number)
-    return step if number % 2 else lambda s, b: step(s, {"x": -b["x"]})
+    return Given(step, (np.float32(1 if number % 2 else -1),))
 
   data = Counter()
   state = train(state, StepChoice(choose), data, num_steps=3)
@@ -271,6 +339,92 @@ def test_the_host_chooses_among_steps():
     x = np.full((2,), i if i % 2 else -i, np.float32)
     expected, _ = step(expected, {"x": x})
   np.testing.assert_array_equal(again.params["w"], expected.params["w"])
+
+
+class Program:
+  """Stands for a jitted step: (state, batch, *constants)."""
+
+  def __init__(self, name, log):
+    self._name, self._log = name, log
+
+  def lower(self, state, batch, *constants):
+    rows = len(batch["x"]) + sum(map(len, constants))
+    self._log.append(f"lower {self._name} {rows}")
+    return self
+
+  def compile(self):
+    self._log.append("compile")
+
+  def __call__(self, state, batch, *constants):
+    self._log.append(f"run {self._name}")
+    return state, {}
+
+
+@pytest.fixture
+def several(monkeypatch):
+  """Looks like one of two processes; what it waits for is written down."""
+  log = []
+
+  def barrier(*, key, timeout_ms):
+    log.append(f"wait {key}")
+    assert timeout_ms >= 600_000
+
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(ocp.multihost, "get_barrier_sync_fn", lambda: barrier)
+  return log
+
+
+def test_processes_on_cpus_begin_a_program_when_all_have_compiled_it(several):
+  """Each program once for each of its shapes."""
+  a, b = Program("a", several), Program("b", several)
+  ones = [np.ones(n, np.float32) for n in (1, 1, 3)]
+
+  def choose(number):  # a, a, a given more, b, a
+    return b if number == 3 else Given(a, (ones[min(number, 2)],))
+
+  state, _ = setup()
+  train(state, StepChoice(choose), Counter(), num_steps=3)
+  begun = ["compile", "wait compiled"]
+  assert several == [
+    "lower a 3", *begun, "run a", "run a", "lower a 5", *begun, "run a"
+  ]  # fmt: skip
+  several.clear()
+  state = state.replace(step=jnp.int32(3))
+  train(state, StepChoice(choose), Counter(), num_steps=5)
+  assert several == ["lower b 2", *begun, "run b", "lower a 5", *begun, "run a"]
+  assert choose(0) == choose(1) != Given(b, ())
+
+
+def test_nothing_holds_what_a_step_was_given(several):
+  """A teacher leaves the devices when no step takes it any more."""
+  refs, alive = [], []
+
+  def choose(number):
+    alive.append(sum(ref() is not None for ref in refs))
+    constant = jnp.ones(number + 1)
+    refs.append(weakref.ref(constant))
+    return Given(Program("a", several), (constant,))
+
+  train(setup()[0], StepChoice(choose), Counter(), num_steps=4)
+  assert alive == [0] * 4
+
+
+def test_one_process_waits_for_nobody():
+  log = []
+  train(setup()[0], Program("a", log), Counter(), num_steps=2)
+  assert log == ["run a", "run a"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_steps_that_cannot_be_compiled_beforehand_are_refused(wrapped):
+  """By one process too: on many they would be given up while they compile."""
+
+  def plain(state, batch):
+    raise AssertionError("was called")
+
+  step = Given(plain, ()) if wrapped else plain
+  with pytest.raises(ValueError, match=r"plain.* has no `lower`: .*jax\.jit"):
+    train(setup()[0], step, Counter(), num_steps=1)
 
 
 def test_a_quiet_bar_draws_nothing(capsys, monkeypatch):

@@ -109,6 +109,38 @@ def test_models_are_the_same(one, two):
     assert settings.encoder.width == (16 if name == "teacher/model" else 8)
 
 
+APART = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from common import workdir
+from common.errors import UserError
+from configs.slimsam import get_config
+from slimsam.train import train_and_evaluate
+
+workdir.SEEN_SECONDS = 1.0
+config = get_config("smoke")
+config.teacher.path = "FOLDER/teacher"
+config.distill.cache_targets = True
+try:
+  train_and_evaluate(config, f"FOLDER/host{sys.argv[2]}")
+except UserError as error:
+  assert "is not one folder for all: processes 1 do not" in str(error), error
+else:
+  raise AssertionError("was not refused")
+"""
+
+
+def test_folders_that_are_not_shared_are_refused_before_anything_is_made(
+  run_script_twice, tmp_path
+):
+  """Kept targets, of which process 0 writes those that all read, come before
+  the first training.
+  """
+  run_script_twice(APART.replace("FOLDER", str(tmp_path)))
+  assert {file.name for file in tmp_path.rglob("*")} <= {"host0", ".lock"}
+
+
 def test_one_process_writes(one, two):
   """The files of a run, and nothing beside them."""
 

@@ -174,6 +174,9 @@ def test_epochs_choose_weights_and_compile_nothing(trees, images_of, tiny):
   assert losses[0] == losses[1] != losses[2]
   assert losses[20] == losses[23]
   assert [program._cache_size() for program in programs] == [1, 1]
+  # Equal where they share a program, which the loop compiles beforehand.
+  assert steps.choose(0) == steps.choose(19) != steps.choose(20)
+  assert steps.choose(20) == steps.choose(23)
 
 
 # The teachers that run while features count, and afterwards.

@@ -1,6 +1,7 @@
 """Two real processes and eight devices make the run that one device makes."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -16,7 +17,7 @@ OPTIONS = [
   "--config.data.source.test_rows=2", "--config.data.source.names=10",
   "--config.vocabulary.size=256", "--config.translation.max_ratio=0.0",
   "--config.translation.modes=()", "--config.evaluation.every=4",
-  "--config.checkpoint.every=4", "--config.log.every=1",
+  "--config.checkpoint.every=2", "--config.log.every=1",
 ]  # fmt: skip
 
 
@@ -82,9 +83,25 @@ def assert_same_run(expected, found):
   chex.assert_trees_all_close(params, others, rtol=1e-3, atol=2e-4)
 
 
-def test_two_processes_are_one(run, one, tmp_path):
-  run(tmp_path, 2, ["--config.mesh.fsdp=2"])
-  assert_same_run(one, tmp_path)
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("two")
+  run(workdir, 2, ["--config.mesh.fsdp=2"])
+  return workdir
+
+
+def test_two_processes_are_one(one, two):
+  assert_same_run(one, two)
+
+
+def test_one_process_goes_on_where_two_stopped(run, one, two, tmp_path):
+  """The data position is one number, and draws are functions of the step."""
+  moved = tmp_path / "moved"
+  shutil.copytree(two, moved)
+  shutil.rmtree(moved / "checkpoints" / "4")
+  run(moved, 1, devices=1)
+  assert "at step 2" in (moved / "run.log").read_text()
+  assert_same_run(one, moved)
 
 
 def test_eight_devices_are_one(run, one, tmp_path):

@@ -10,8 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from common.checkpoint import load_params
-from common.errors import UserError
+from common.errors import RunError, UserError
+from common.hooks import CheckpointHook, SameEverywhere
+from common.metrics import Digest
+from common.train import StepInfo
 from configs.thor import get_config
+from thor import train as train_lib
 from thor.compare import Result, compare
 from thor.run import load_run
 from thor.sources import load_parallel
@@ -38,10 +42,29 @@ def tiny(variant=""):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("straight")
-  train_and_evaluate(tiny(), str(workdir))
-  return workdir
+def watched(tmp_path_factory):
+  """A run's folder, its hooks, and the digests of its steps."""
+  workdir, hooks, digests = tmp_path_factory.mktemp("straight"), [], []
+  real = train_lib.train
+
+  def look(info):
+    digests.append(info.metrics["draws"])
+
+  look.every = 1
+
+  def train(*args, **kwargs):
+    hooks.extend(kwargs["hooks"])
+    return real(*args, **kwargs | {"hooks": [*hooks, look]})
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train_lib, "train", train)
+    train_and_evaluate(tiny(), str(workdir))
+  return workdir, hooks, digests
+
+
+@pytest.fixture
+def straight(watched):
+  return watched[0]
 
 
 def metrics(workdir):
@@ -80,8 +103,6 @@ class Stopped(BaseException):
 
 
 def stop_after(monkeypatch, step):
-  from thor import train as train_lib
-
   real = train_lib.train
 
   def stop(info):
@@ -107,6 +128,27 @@ def test_stopped_after_any_step_and_started_again(
   train_and_evaluate(tiny(), str(tmp_path))
   assert_same_run(straight, tmp_path)
   assert any(name.startswith("train/experts/") for name in metrics(tmp_path)[4])
+
+
+def test_draws_are_compared_after_every_step_and_before_a_save(watched):
+  """By hashes, of which each device makes its own."""
+  _, hooks, digests = watched
+  found = [np.asarray(digest.bits) for digest in digests]
+  assert [len({*bits}) for bits in found] == [1] * 4  # equal on 8 devices
+  assert [bits.shape for bits in found] == [(8,)] * 4
+  assert len({bits[0] for bits in found}) == 4  # other steps, other draws
+  (own,) = [hook for hook in hooks if isinstance(hook, SameEverywhere)]
+  (save,) = [hook for hook in hooks if isinstance(hook, CheckpointHook)]
+  assert own.every == 1
+  assert hooks.index(own) < hooks.index(save)
+  changed = found[2].copy()
+  changed[5] += 1  # as if one device had drawn another expert
+  parted = Digest(jax.device_put(changed, digests[2].bits.sharding))
+  # tiny() logs even steps.
+  for step, digest in ((5, digests[0]), (6, digests[1]), (7, parted)):
+    own(StepInfo(step, None, {"draws": digest}, None))
+  with pytest.raises(RunError, match="in their draws of experts of steps 7 to"):
+    save(StepInfo(7, None, {}, None))
 
 
 def test_a_run_leaves_scores_translations_and_a_report(straight):

@@ -5,13 +5,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental import multihost_utils
 
 from common.config import save_config
 from common.errors import UserError
 from configs.udim import get_config
 from udim import compare as compare_lib
-from udim.compare import Runner, compare
+from udim.compare import Runner, compare, tune
 from udim.jobs import (
   base_of,
   check_compare,
@@ -24,6 +26,7 @@ from udim.jobs import (
 )
 from udim.results import Result
 from udim.search import draw_settings
+from udim.selection import Selected
 from udim.tables import Comparison, domain_groups
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -276,6 +279,33 @@ def test_tuning_chooses_and_says_so(tmp_path):
   assert f"runs/sam/clean/seed0-draw{draw}" in folders
   assert "runs/erm/clean/seed0" in folders
   assert len(folders) == 4
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_process_0_writes_the_choice_and_all_wait_for_it(
+  process, tmp_path, monkeypatch
+):
+  file, waited = tmp_path / "chosen.json", []
+
+  class Finished(Runner):
+    def __call__(self, jobs, **_):
+      best = {"source": Selected(1, 0.5, 0.5, 0.5, 0.5, None, {})}
+      return [
+        Result(job.label, job.run, job.seed, job.draw, {}, best, {}, {})
+        for job in jobs
+      ]
+
+  def wait(what):
+    waited.append((what, file.exists()))
+
+  monkeypatch.setattr(jax, "process_index", lambda: process)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(multihost_utils, "sync_global_devices", wait)
+  config = make_config("sam")
+  config.search.update({"draws": 2, "tuning_seeds": 1})
+  assert tune(config, ["sam"], Finished(tmp_path)) == {"sam": 1}
+  assert waited == [("draws chosen", process == 0)]
+  assert [*tmp_path.iterdir()] == [file][process:]
 
 
 def test_the_choice_of_another_comparison(tmp_path):
