@@ -345,7 +345,7 @@ class _TfdsRecords(_Records):
 
 
 def _open_array_records(files: Sequence[str]) -> _Records:
-  """grain's records of at least one file."""
+  """The records of at least one file."""
   import grain
 
   name = f"{files[0]}{' ...' if files[1:] else ''}"
