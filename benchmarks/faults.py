@@ -23,16 +23,18 @@ are refused in that folder, but for more trials.
 
 import argparse
 import collections
+import hashlib
 import json
 import pathlib
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 from typing import Any
 
-from faults_hits import KINDS, Straight, Trial, Wrong, equal
+from faults_hits import KINDS, Straight, Trial, Wrong, equal, trainings
 from faults_mounts import Impossible, release
 from faults_runs import ROOT, Running, Subject
 
@@ -43,6 +45,9 @@ from common.logs import quiet_libraries
 from common.metrics import CLOCKS, read_metrics
 
 IMPOSSIBLE = "not possible here"
+# What a process says that has waited for another one for too long.
+LATE = re.compile(r"Gloo .*failed.*\btimed out", re.IGNORECASE)
+TRIES = 3
 OFTEN = (
   "--config.checkpoint.every=2", "--config.checkpoint.keep=3",
   "--config.log.every=1",
@@ -80,6 +85,10 @@ SUBJECTS = {  # a few checkpoints and evaluations, and little to compile
 }  # fmt: skip
 
 
+class Late(Wrong):
+  """A process has waited for another one for too long."""
+
+
 def main() -> int:
   """Runs the trials that are not there yet and prints the table."""
   parser = argparse.ArgumentParser(
@@ -99,7 +108,7 @@ def main() -> int:
   workdir = pathlib.Path(args.workdir).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   _check_settings(workdir / "settings.json", args)
-  commit = _commit()
+  commit = commit_of(ROOT)
   subjects = [
     Subject(f"{name} x {count}", SUBJECTS[name], int(count))
     for count in args.processes.split(",")
@@ -145,16 +154,28 @@ def _check_settings(file: pathlib.Path, args: Any) -> None:
       )
 
 
-def _commit() -> str:
-  """What is tested: a commit, and whether files have changed since."""
-  command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def commit_of(root: pathlib.Path) -> str:
+  """What is tested: a commit, and a hash of what has changed since.
+
+  Files that git does not know count where they are Python.
+  """
   try:
-    found = subprocess.run(
-      command, cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    commit = _git(root, "describe", "--always", "--exclude=*").decode().strip()
+    changes = _git(root, "diff", "HEAD", "--binary")
+    new = _git(root, "ls-files", "-z", "--others", "--exclude-standard", "*.py")
+    for name in sorted(filter(None, new.decode().split("\0"))):
+      changes += f"\n{name}\n".encode() + (root / name).read_bytes()
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
-  return found.stdout.strip()
+  if not changes:
+    return commit
+  return f"{commit}-dirty-{hashlib.sha256(changes).hexdigest()[:8]}"
+
+
+def _git(root: pathlib.Path, *arguments: str) -> bytes:
+  return subprocess.run(
+    ["git", *arguments], cwd=root, capture_output=True, check=True
+  ).stdout
 
 
 def _read(path: pathlib.Path) -> dict[int, dict[str, Any]]:
@@ -219,31 +240,48 @@ def _straight(workdir: pathlib.Path, subject: Subject, commit: str) -> Straight:
   """The run of this commit that nothing hits, with its programs compiled."""
   folder = workdir / subject.name.replace(" ", "_")
   note = folder.with_suffix(".json")
-  if not note.exists() or read_json(note)["commit"] != commit:
-    _compile(subject, folder)
+  if not _is_kept(folder, note, commit):
+    tries = _compile(subject, folder)
     _clear(folder)
     start = time.monotonic()
     joined, steps = _finish(subject, folder)
     seconds = time.monotonic() - start
     facts = {"seconds": seconds, "joined": joined, "steps": steps}
-    write_json(note, {"commit": commit, **facts})
+    write_json(note, {"commit": commit, "compile_tries": tries, **facts})
   facts = read_json(note)
   return Straight(folder, facts["seconds"], facts["joined"], facts["steps"])
 
 
-def _compile(subject: Subject, folder: pathlib.Path) -> None:
+def _is_kept(folder: pathlib.Path, note: pathlib.Path, commit: str) -> bool:
+  """Whether a commit's run that nothing has hit is there, with its facts."""
+  if not note.exists() or read_json(note)["commit"] != commit:
+    return False
+  try:
+    trainings(folder)
+  except Wrong:
+    return False
+  return True
+
+
+def _compile(subject: Subject, folder: pathlib.Path) -> int:
   """Runs the command until all its programs are in the cache.
 
   Processes of a CPU wait for each other for 30 seconds (Gloo), which is less
-  than the compilations of one may be behind those of another.
+  than the compilations of one may be behind those of another. Whatever else
+  goes wrong in a run that nothing hits is raised.
+
+  Returns:
+    How often it ran.
   """
-  for last in (False, False, True):
+  tries = 0
+  while True:
     _clear(folder)
+    tries += 1
     try:
       _finish(subject, folder)
-      return
-    except Wrong:
-      if last:
+      return tries
+    except Late:
+      if tries == TRIES:
         raise
 
 
@@ -262,29 +300,35 @@ def _finish(subject: Subject, folder: pathlib.Path) -> tuple[float, int]:
     statuses = running.wait()
     steps = running.steps()
   if set(statuses) != {0}:
-    raise Wrong(f"the run ends with {statuses}: {running.last_line()}")
+    kind = Late if any(map(LATE.search, running.lines())) else Wrong
+    raise kind(f"the run ends with {statuses}: {running.last_line()}")
   return joined, steps
 
 
 def difference(straight: pathlib.Path, folder: pathlib.Path) -> str:
-  """The first thing in which two finished runs differ, "" for none."""
-  for file in sorted(straight.rglob("metrics.jsonl")):
-    place = file.relative_to(straight)
-    ours, theirs = (_logged(base / place) for base in (straight, folder))
+  """The first thing in which two finished runs differ, "" for none.
+
+  Raises:
+    Wrong: where there is nothing to compare with; see `trainings`.
+  """
+  for place in trainings(straight):
+    ours, theirs = (
+      _logged(base / place / "metrics.jsonl") for base in (straight, folder)
+    )
     if ours != theirs:
       index = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b),
         min(len(ours), len(theirs)),
       )
-      return f"{place}, line {index + 1}"
-    _, expected = load_params(file.parent / "checkpoints")
-    _, found = load_params(folder / place.parent / "checkpoints")
+      return f"{place / 'metrics.jsonl'}, line {index + 1}"
+    _, expected = load_params(straight / place / "checkpoints")
+    _, found = load_params(folder / place / "checkpoints")
     if not equal(expected, found):
-      return f"parameters of {place.parent}"
-    steps = [checkpoint_steps(base / place.parent / "checkpoints")[-1]
+      return f"parameters of {place}"
+    steps = [checkpoint_steps(base / place / "checkpoints")[-1]
              for base in (straight, folder)]  # fmt: skip
     if steps[0] != steps[1]:
-      return f"last steps {steps} of {place.parent}"
+      return f"last steps {steps} of {place}"
   return ""
 
 

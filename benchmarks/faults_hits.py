@@ -16,6 +16,7 @@ from faults_runs import PATIENCE, Running, Subject, lines_from
 
 from common.checkpoint import checkpoint_steps, load_params
 from common.errors import UserError
+from common.metrics import read_metrics
 
 EARLY = 0.1  # share of hits while a run starts
 LONGEST_PAUSE = 0.5  # seconds between a step and the hit
@@ -51,6 +52,25 @@ class Straight:
   seconds: float
   joined: float
   steps: int
+
+
+def trainings(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Where in a finished run its trainings are: at least one.
+
+  Raises:
+    Wrong: for none, and for one without lines or without checkpoints, to which
+      anything would be equal.
+  """
+  files = sorted(folder.rglob("metrics.jsonl"))
+  if not files:
+    raise Wrong(f"{folder} is no run: no metrics.jsonl in it")
+  for file in files:
+    if not read_metrics(file):
+      raise Wrong(f"{file} is empty")
+    checkpoints = file.parent / "checkpoints"
+    if not checkpoints.exists() or not checkpoint_steps(checkpoints):
+      raise Wrong(f"{file.parent} has no checkpoints")
+  return [file.parent.relative_to(folder) for file in files]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +145,7 @@ class Trial:
   def is_finished(self) -> bool:
     """Whether the last checkpoints of all trainings are there."""
     straight = self.straight.folder
+    trainings(straight)  # Nothing would be all of nothing.
     return all(
       self.has_ended(self.folder / place.relative_to(straight))
       for place in straight.rglob("checkpoints")

@@ -10,12 +10,14 @@ import logging
 import os
 import socket
 import time
+from typing import Any
 
 from common.errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
-# jax reads it too; it stays in force.
+# jax reads them too; the second stays in force.
+ADDRESS = "JAX_COORDINATOR_ADDRESS"
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 # A cluster may know the name of a machine some time after the machine starts.
 _PATIENCE_SECONDS, _PAUSE_SECONDS = 60, 1
@@ -26,14 +28,21 @@ _TAKEN_SECONDS = 10
 
 
 def bind_address(
-  coordinator: str, process_id: int, *, name: str = "--coordinator"
+  coordinator: str,
+  process_id: int | None,
+  *,
+  name: str = "--coordinator",
+  is_far: bool = False,
 ) -> str | None:
   """What jax is told to listen on; None leaves it to jax.
 
   Args:
     coordinator: HOST:PORT, as every process is given it.
-    process_id: of this process; only process 0 listens.
+    process_id: of this process; only process 0 listens. None where jax alone
+      can tell: it may be process 0 where the host is this machine.
     name: of the flag or variable that gave the address, for errors.
+    is_far: whether other machines take part, which may know a name that is a
+      loopback address here: jax is to listen on all then.
 
   Raises:
     UserError: for what is no HOST:PORT; in process 0 also for a host that this
@@ -43,6 +52,10 @@ def bind_address(
   host, port = _parts(coordinator, name)
   if process_id or BIND in os.environ:
     return None
+  if process_id is None:
+    own = _own(host)
+    is_known = bool(own) and not _is_alias(host, own)
+    return coordinator if is_known else None
   own = [found for found in _resolve(host, given) if _is_own(found)]
   if not own:
     raise UserError(
@@ -50,12 +63,19 @@ def bind_address(
       "process 0 would listen: name one, or all of them with "
       f"{BIND}='[::]:{port}' in its environment"
     )
-  if _is_loopback(own) and not (_is_loopback([host]) or host == "localhost"):
+  if not _is_alias(host, own):
+    return coordinator
+  if is_far:
     log.warning(
-      "process 0 listens on %s alone, which is what %s means here: processes "
-      "on other machines need an address that they can reach",
-      own[0], host,
+      "process 0 listens on all addresses, for %s means %s here: name one with "
+      "%s in its environment", host, own[0], BIND,
     )  # fmt: skip
+    return None
+  log.warning(
+    "process 0 listens on %s alone, which is what %s means here: processes "
+    "on other machines need an address that they can reach",
+    own[0], host,
+  )  # fmt: skip
   return coordinator
 
 
@@ -135,7 +155,7 @@ def _resolve(host: str, given: str) -> list[str]:
   while True:
     try:
       found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-      return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+      return _numbers(found)
     except OSError as error:
       if time.monotonic() > end:
         raise UserError(f"{given}: {host} is unknown here: {error}") from None
@@ -152,6 +172,25 @@ def _is_own(address: str) -> bool:
   except OSError:
     return False
   return True
+
+
+def _own(host: str) -> list[str]:
+  """Those of a host's addresses that this machine has, as known by now."""
+  try:
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+  except OSError:
+    return []
+  return [address for address in _numbers(found) if _is_own(address)]
+
+
+def _numbers(found: list[Any]) -> list[str]:
+  return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _is_alias(host: str, addresses: list[str]) -> bool:
+  """Whether a host's name hides that these are loopback addresses."""
+  is_plain = host == "localhost" or _is_loopback([host])
+  return _is_loopback(addresses) and not is_plain
 
 
 def _is_loopback(addresses: list[str]) -> bool:

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from common import config as config_lib
 from common import flags
-from common.addresses import bind_address, meet
+from common.addresses import ADDRESS, bind_address, meet
 from common.ending import call, leave, preemptible
 from common.errors import Preempted, RunError, UserError
 from common.files import bucket_errors
@@ -320,10 +320,10 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
   mpi = count("OMPI_COMM_WORLD_SIZE")
   if mpi > 1 and "OMPI_MCA_orte_hnp_uri" not in env:
     # What jax goes by ended with version 4.
-    if "JAX_COORDINATOR_ADDRESS" not in env:
+    if ADDRESS not in env:
       raise UserError(
         "Open MPI does not say where process 0 is: add `-x "
-        "JAX_COORDINATOR_ADDRESS=HOST:PORT` to mpirun"
+        f"{ADDRESS}=HOST:PORT` to mpirun"
       )
     ranks = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"
     for name in ranks:
@@ -333,16 +333,14 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
           "both; unset the first where it did not, or give --no-distributed"
         )
     rank, local_rank = (int(env[name]) for name in ranks)
-    address = env["JAX_COORDINATOR_ADDRESS"]
+    address = env[ADDRESS]
     return {
       "coordinator_address": address,
       "num_processes": mpi,
       "process_id": rank,
       "local_device_ids": [local_rank],
       "cluster_detection_method": "deactivate",
-      "coordinator_bind_address": bind_address(
-        address, rank, name="JAX_COORDINATOR_ADDRESS"
-      ),
+      "coordinator_bind_address": bind_address(address, rank, name=ADDRESS),
     }
   several = (
     mpi > 1
@@ -350,9 +348,30 @@ def _cluster(env: Mapping[str, str]) -> dict[str, Any] | None:
     or count("MEGASCALE_NUM_SLICES") > 1
     or "," in env.get("TPU_PROCESS_ADDRESSES", "")
     or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    or "JAX_COORDINATOR_ADDRESS" in env
+    or ADDRESS in env
   )
   return {} if several else None
+
+
+def _given_address(env: Mapping[str, str]) -> dict[str, Any]:
+  """What jax, which finds out the rest, must be told to listen on no other
+  address than the one in `JAX_COORDINATOR_ADDRESS`.
+
+  Raises:
+    UserError: in process 0, where this is no address of this machine.
+  """
+  if ADDRESS not in env:
+    return {}
+  is_mpi = "OMPI_MCA_orte_hnp_uri" in env  # jax asks in this order
+  rank = env.get("OMPI_COMM_WORLD_RANK" if is_mpi else "SLURM_PROCID", "")
+  nodes = env.get("SLURM_STEP_NUM_NODES", "1")
+  bind = bind_address(
+    env[ADDRESS],
+    int(rank) if rank.isdecimal() else None,
+    name=ADDRESS,
+    is_far=not is_mpi and nodes != "1",
+  )
+  return {} if bind is None else {"coordinator_bind_address": bind}
 
 
 def _join(args: argparse.Namespace) -> None:
@@ -383,10 +402,12 @@ def _join(args: argparse.Namespace) -> None:
     found = _cluster(os.environ)
     if found is None and not args.distributed:
       return
-    if found and "coordinator_address" in found:
-      meet(found["coordinator_address"], found["process_id"])
+    found = found or _given_address(os.environ)
+    if "coordinator_address" in found:
+      bind = found["coordinator_bind_address"]
+      meet(found["coordinator_address"], found["process_id"], bind)
     try:
-      join(**(found or {}))
+      join(**found)
     except ValueError as error:
       raise UserError(
         f"nothing here says which processes form the run ({one_line(error)}): "

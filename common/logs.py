@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from common.errors import Preempted, RunError, TakenError, UserError
 
@@ -37,6 +38,32 @@ def quiet_libraries() -> None:
   logging.raiseExceptions = False
 
 
+class _FileHandler(logging.FileHandler):
+  """Keeps others from removing the file; see `is_logged_to`."""
+
+  def _open(self) -> Any:
+    stream = super()._open()
+    with contextlib.suppress(ImportError, OSError):  # no locks here
+      import fcntl
+
+      fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return stream
+
+
+def is_logged_to(workdir: str) -> bool:
+  """Whether a process writes a folder's `run.log`, as far as locks can tell."""
+  try:
+    import fcntl
+
+    with open(os.path.join(workdir, FILE_NAME), "rb") as file:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return True
+  except (ImportError, OSError):  # there is none, or no locks
+    return False
+  return False
+
+
 @contextlib.contextmanager
 def logging_to(
   workdir: str, *, own: set[str], to_file: bool = True
@@ -55,7 +82,8 @@ def logging_to(
   handlers[0].setLevel(logging.INFO if first else logging.WARNING)
   handlers[0].setFormatter(logging.Formatter("%(message)s"))
   if first and to_file and "://" not in workdir:
-    handlers.append(logging.FileHandler(os.path.join(workdir, FILE_NAME)))
+    os.makedirs(workdir, exist_ok=True)  # a refused start may have removed it
+    handlers.append(_FileHandler(os.path.join(workdir, FILE_NAME)))
     handlers[1].setFormatter(
       logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )

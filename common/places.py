@@ -14,6 +14,7 @@ from typing import IO
 
 from common.errors import TakenError, UserError
 from common.logs import FILE_NAME as LOG
+from common.logs import is_logged_to
 
 log = logging.getLogger(__name__)
 LOCK = ".lock"
@@ -75,7 +76,7 @@ def taken_when_used(folder: str) -> Iterator[None]:
   """Leaves no log, and no folder, of a start that is refused.
 
   What was there before stays, and so does a folder in which anything but the
-  log was made, or another run is at work.
+  log was made, or another run is at work or about to be.
 
   Args:
     folder: may be missing; addresses are let alone.
@@ -90,13 +91,67 @@ def taken_when_used(folder: str) -> Iterator[None]:
   except UserError:
     if "://" not in folder:
       with contextlib.suppress(OSError):
-        names = set(os.listdir(path))
-        if names <= {LOG, LOCK} and not names & before:
-          for name in names:
-            os.remove(os.path.join(path, name))
+        _clear(path, before)
         if not had_folder:
           os.rmdir(path)  # refuses one that is not empty
     raise
+
+
+def _clear(path: str, before: set[str]) -> None:
+  """Removes log and lock, holding the lock, where there is nothing else."""
+
+  def is_ours() -> bool:
+    names = set(os.listdir(path))
+    return names <= {LOG, LOCK} and not names & before
+
+  if not is_ours():
+    return
+  try:
+    lock = _locked(path)
+  except BlockingIOError:
+    return  # another run is at work
+  except _NoLocks:
+    lock = None
+  with lock or contextlib.nullcontext():
+    if is_ours() and not is_logged_to(path):
+      for name in os.listdir(path):
+        os.remove(os.path.join(path, name))
+
+
+class _NoLocks(Exception):
+  """A file system has none."""
+
+
+def _locked(path: str) -> IO[bytes] | None:
+  """The file of a folder's lock, which is held while it is open.
+
+  Whoever removes the file holds it, so what is locked has to be there still.
+  None on systems without such locks.
+
+  Raises:
+    BlockingIOError: another one holds it.
+    _NoLocks: the file system has none.
+  """
+  try:
+    import fcntl
+  except ImportError:  # not on Windows
+    return None
+  place = os.path.join(path, LOCK)
+  while True:
+    os.makedirs(path, exist_ok=True)  # it may have been removed just now
+    file = open(place, "wb")  # noqa: SIM115, held by the run
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.close()
+      raise
+    except OSError as error:
+      file.close()
+      raise _NoLocks(error.strerror) from error
+    with contextlib.suppress(FileNotFoundError):
+      if os.path.samestat(os.fstat(file.fileno()), os.stat(place)):
+        return file
+    file.close()
 
 
 def take(folder: str | os.PathLike) -> IO[bytes] | None:
@@ -104,35 +159,27 @@ def take(folder: str | os.PathLike) -> IO[bytes] | None:
   kill -9. None where there are no such locks.
 
   Args:
-    folder: exists; addresses are let alone.
+    folder: made if missing; addresses are let alone.
 
   Raises:
     TakenError: when another process holds it.
   """
-  try:
-    import fcntl
-  except ImportError:  # not on Windows
-    return None
   path = os.fspath(folder)
   if "://" in path:
     return None
-  file = open(os.path.join(path, LOCK), "wb")  # noqa: SIM115, held by the run
   for is_last in (False, True):
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      return file
+      return _locked(path)
     except BlockingIOError:
       if is_last:
-        file.close()
         raise TakenError(
           f"a run is at work in {path}: wait for it or choose another --workdir"
         ) from None
       time.sleep(_GLANCE_SECONDS)
-    except OSError as error:
-      file.close()
+    except _NoLocks as error:
       log.warning(
         "%s is on a file system without locks (%s): nothing stops a second run "
-        "there", path, error.strerror,
+        "there", path, error,
       )  # fmt: skip
       return None
   return None

@@ -21,7 +21,7 @@ from common.data import python_docs
 from common.data.folders import FOLLOW_LINKS, Inside
 from common.data.tfds_files import check_tfds
 from common.errors import UserError
-from common.files import JSON_ERRORS
+from common.files import JSON_ERRORS, storage_error
 
 # What each kind of text reads of `data.source`.
 _READ_BY = {
@@ -135,7 +135,7 @@ def record_source(cfg: Any) -> Sequence[Any]:
     return _data_source(_tfds_builder(cfg), cfg.split)
   if cfg.kind == "array_record":
     follow_links = cfg.get("follow_links", False)
-    return _ArrayRecords(find_files(cfg.path, follow_links=follow_links))
+    return _open_array_records(find_files(cfg.path, follow_links=follow_links))
   raise UserError(
     f"data.source.kind={cfg.kind!r}: records come from tfds or array_record"
   )
@@ -301,22 +301,17 @@ def _json_lines(file: str, key: str) -> Documents:
     raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
-class _ArrayRecords(Sequence):
-  """grain's records of files, in whose place an error names the files.
+class _Records(Sequence):
+  """Records of files, in whose place an error names the files.
 
   Args:
-    files: at least one.
+    records: with random access, to one and to many.
+    place: the files, or their folder.
+    remedy: what helps where they are damaged.
   """
 
-  def __init__(self, files: Sequence[str]):
-    import grain
-
-    self._name = f"{files[0]}{' ...' if files[1:] else ''}"
-    try:
-      self._records = grain.sources.ArrayRecordDataSource(list(files))
-      len(self._records)  # Opens the files.
-    except (RuntimeError, ValueError, OSError) as error:
-      raise UserError(f"{self._name}: no ArrayRecord file: {error}") from error
+  def __init__(self, records: Any, place: str, remedy: str):
+    self._records, self._place, self._remedy = records, place, remedy
 
   def __len__(self) -> int:
     return len(self._records)
@@ -325,17 +320,41 @@ class _ArrayRecords(Sequence):
     return repr(self._records)
 
   def __getitem__(self, place: Any) -> Any:
-    # Iteration ends with the IndexError of `range`; grain would raise others.
+    # Iteration ends with the IndexError of `range`; others would be raised.
     return self.__getitems__([range(len(self))[place]])[0]
 
-  def __getitems__(self, places: Sequence[int]) -> Sequence[bytes]:
+  def __getitems__(self, places: Sequence[int]) -> Sequence[Any]:
     try:
       return self._records.__getitems__(places)
     except (RuntimeError, ValueError) as error:
+      if storage_error(error):  # which may answer the next time
+        raise
       where = f"record {places[0]}" + (" or later" if len(places) > 1 else "")
       raise UserError(
-        f"{self._name}: {where} is damaged: make the file again ({error})"
+        f"{self._place}: {where} is damaged: {self._remedy} ({error})"
       ) from error
+
+
+class _TfdsRecords(_Records):
+  """What TFDS opens of a prepared data set."""
+
+  @property
+  def dataset_info(self) -> Any:
+    """What TFDS knows of the data set."""
+    return self._records.dataset_info
+
+
+def _open_array_records(files: Sequence[str]) -> _Records:
+  """The records of at least one file."""
+  import grain
+
+  name = f"{files[0]}{' ...' if files[1:] else ''}"
+  try:
+    records = grain.sources.ArrayRecordDataSource(list(files))
+    len(records)  # Opens the files.
+  except (RuntimeError, ValueError, OSError) as error:
+    raise UserError(f"{name}: no ArrayRecord file: {error}") from error
+  return _Records(records, name, "make the file again")
 
 
 def in_batches(source: Any) -> Iterator[Any]:
@@ -346,7 +365,7 @@ def in_batches(source: Any) -> Iterator[Any]:
 
 
 def _array_records(file: str, key: str) -> Documents:
-  records = in_batches(_ArrayRecords([file]))
+  records = in_batches(_open_array_records([file]))
   for i, data in enumerate(records):
     place = f"{file}: record {i}"
     if key:
@@ -395,12 +414,13 @@ def _tfds_builder(cfg: Any) -> Any:
   return builder
 
 
-def _data_source(builder: Any, split: str) -> Any:
+def _data_source(builder: Any, split: str) -> _TfdsRecords:
+  folder = str(builder.data_dir)
   try:
-    return builder.as_data_source(split=split)
+    records = builder.as_data_source(split=split)
   except NotImplementedError as error:
     raise UserError(
-      f"{builder.data_dir} was prepared as "
+      f"{folder} was prepared as "
       f"{builder.info.file_format.value}, which has no random access; "
       "prepare it in another data.source.data_dir: "
       f"{_prepare_command(builder.name, 'DIR')}"
@@ -410,6 +430,9 @@ def _data_source(builder: Any, split: str) -> Any:
     raise UserError(
       f"data.source.split={split!r}: {builder.name} has the splits {names}"
     ) from error
+  return _TfdsRecords(
+    records, folder, "remove that folder and prepare the data set again"
+  )
 
 
 def _tfds_text(cfg: Any) -> TextSource:

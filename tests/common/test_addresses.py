@@ -87,6 +87,30 @@ def test_a_name_that_only_this_machine_can_reach(names, caplog):
   )
 
 
+def test_a_name_that_only_this_machine_can_reach_is_of_no_use_to_others(
+  names, caplog
+):
+  names += ["127.0.1.1"]
+  with caplog.at_level(logging.WARNING):
+    assert bind_address("node1:1234", 0, is_far=True) is None
+  (record,) = caplog.records
+  assert record.getMessage().startswith(
+    "process 0 listens on all addresses, for node1 means 127.0.1.1 here: name "
+  )
+
+
+# The first means something else to other machines.
+@pytest.mark.parametrize("found", ["127.0.0.1", ELSEWHERE, None])
+def test_who_may_be_process_0_neither_waits_nor_refuses(names, caplog, found):
+  names += [found]
+  assert bind_address("node1:1234", None) is None
+  assert not caplog.records
+
+
+def test_who_may_be_process_0_listens_on_the_address_given():
+  assert bind_address("127.0.0.1:1234", None) == "127.0.0.1:1234"
+
+
 @pytest.fixture
 def server():
   """A socket that listens."""

@@ -162,18 +162,57 @@ def test_open_mpi_5_has_to_be_told_where_process_0_is(run, joined, monkeypatch):
   ]
 
 
-def test_under_open_mpi_5_process_0_listens_where_it_was_told_to(
-  run, joined, monkeypatch
+FIRST = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+GIVEN = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}
+HERE = {"coordinator_bind_address": "127.0.0.1:9"}
+
+
+@pytest.mark.parametrize(
+  "environment", [SLURM, {**OPEN_MPI, **FIRST}, {**OPEN_MPI_4, **FIRST}]
+)
+def test_process_0_listens_where_it_was_told_to(
+  run, joined, monkeypatch, environment
 ):
-  first = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
-  told = {**OPEN_MPI, **first, "JAX_COORDINATOR_ADDRESS": "127.0.0.1:9"}
+  told = {**environment, **GIVEN}
   monkeypatch.setattr(os, "environ", told)
   assert run() == (0, "")
   assert joined[0]["coordinator_bind_address"] == "127.0.0.1:9"
   told["JAX_COORDINATOR_ADDRESS"] = "203.0.113.7:9"  # no machine has it
   status, error = run()
-  assert (status, len(joined)) == (2, 1)
+  assert (status, len(joined), error.count("\n")) == (2, 1, 1)
   assert error.startswith("error: JAX_COORDINATOR_ADDRESS=203.0.113.7:9 is no ")
+
+
+@pytest.mark.parametrize(
+  ("environment", "told"),
+  [
+    ({**SLURM, **GIVEN, "SLURM_STEP_NUM_NODES": "2"}, HERE),
+    ({**SLURM, **GIVEN, "SLURM_PROCID": "1"}, {}),
+    ({**OPEN_MPI_4, **FIRST, **GIVEN}, HERE),
+    ({**SLURM, **OPEN_MPI_4, **GIVEN}, {}),  # Open MPI counts: process 1
+    (GIVEN, HERE),  # jax alone knows which process this is
+    ({**SLURM, **GIVEN, "JAX_COORDINATOR_BIND_ADDRESS": "[::]:9"}, {}),
+  ],
+)
+def test_what_jax_is_told_where_it_finds_out_the_rest(
+  run, joined, monkeypatch, environment, told
+):
+  monkeypatch.setattr(os, "environ", environment)
+  assert run() == (0, "")
+  assert joined == [told]
+
+
+def test_who_listens_on_the_port_elsewhere_is_no_matter(
+  run, joined, monkeypatch
+):
+  monkeypatch.setattr(app, "meet", addresses.meet)
+  monkeypatch.setattr(addresses, "_TAKEN_SECONDS", -1)
+  with socket.create_server(("127.0.0.2", 0)) as server:
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    told = {**OPEN_MPI, **FIRST, "JAX_COORDINATOR_ADDRESS": address}
+    monkeypatch.setattr(os, "environ", told)
+    assert run() == (0, "")
+  assert joined[0]["coordinator_bind_address"] == address
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,23 @@
 """A folder holds a run or a comparison: neither overwrites the other."""
 
+import contextlib
 import errno
+import fcntl
 import importlib
 import pathlib
+import shutil
 
 import pytest
 from ml_collections import ConfigDict
 
 from common.comparison import run_jobs
 from common.errors import UserError
+from common.logs import is_logged_to, logging_to
 from common.places import (
   check_holds_no_comparison,
   check_holds_no_run,
   is_taken,
+  take,
   taken,
   taken_when_used,
 )
@@ -117,6 +122,54 @@ def test_a_start_that_is_refused_leaves_no_log(
   one_line(start)
   found = sorted(p.name for p in folder.iterdir()) if folder.exists() else None
   assert found == after
+
+
+@pytest.mark.parametrize("had_folder", [False, True])
+@pytest.mark.parametrize("is_at_work", [False, True])
+def test_a_start_that_is_refused_leaves_a_run_that_has_begun_meanwhile(
+  tmp_path, had_folder, is_at_work, one_line
+):
+  folder = tmp_path / "run"
+  if had_folder:
+    folder.mkdir()
+  with contextlib.ExitStack() as run:
+
+    def start():
+      with taken_when_used(str(folder)):
+        folder.mkdir(exist_ok=True)
+        run.enter_context(logging_to(str(folder), own=set()))
+        if is_at_work:
+          run.enter_context(taken(folder))
+        raise UserError("no")
+
+    one_line(start)
+    assert is_taken(folder) == is_at_work
+    assert (folder / "run.log").exists()
+    with taken(folder) if not is_at_work else contextlib.nullcontext():
+      assert "a run is at work" in one_line(take, folder)
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path, one_line, monkeypatch):
+  """A start that is refused removes folder and lock between open and lock."""
+  folder, lock = tmp_path / "run", fcntl.flock
+  removed = []
+
+  def remove_first(file, how):
+    if not removed:
+      removed.append(folder)
+      shutil.rmtree(folder)
+    lock(file, how)
+
+  monkeypatch.setattr(fcntl, "flock", remove_first)
+  with taken(folder):
+    assert removed
+    assert "a run is at work" in one_line(take, folder)
+
+
+def test_a_log_needs_no_folder(tmp_path):
+  with logging_to(str(tmp_path / "run"), own=set()):
+    assert is_logged_to(str(tmp_path / "run"))
+  assert not is_logged_to(str(tmp_path / "run"))
 
 
 def test_one_run_at_a_time_holds_a_folder(tmp_path, one_line):

@@ -201,7 +201,7 @@ def test_python_docs_are_many_sorted_and_free_of_tests():
 # In another process, where no other test can have imported TensorFlow and where
 # TFDS's own warnings are no errors.
 ROUND_TRIP = """
-import sys
+import pathlib, sys
 from ml_collections import ConfigDict
 from common.data import python_docs
 from common.data.sources import record_source, source_name, text_source
@@ -226,6 +226,28 @@ for key, value, message in (
     assert message in str(error) and "\\n" not in str(error), error
   else:
     raise AssertionError(key)
+(shard,) = pathlib.Path(sys.argv[1]).rglob("*.array_record*")
+whole = shard.read_bytes()
+place = len(whole) // 3
+cfg.split = "train"
+for data in (
+  whole[: len(whole) // 2],
+  whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :],
+  b"",
+):
+  shard.write_bytes(data)
+  for read in (
+    lambda: list(text_source(cfg)),
+    lambda: [record_source(cfg)[i] for i in range(len(documents))],
+  ):
+    try:
+      read()
+    except ValueError as error:
+      assert str(error).startswith(f"{shard.parent}: record "), error
+      assert "is damaged: remove that folder and prepare " in str(error), error
+      assert "\\n" not in str(error), error
+    else:
+      raise AssertionError(len(data))
 assert "tensorflow" not in sys.modules
 print("equal")
 """
