@@ -1,5 +1,6 @@
 """A run's folder: its configuration, metrics, facts and checkpoints."""
 
+import contextlib
 import json
 import logging
 import os
@@ -68,30 +69,29 @@ class Workdir:
     check_holds_no_comparison(self.path)
     self.path.mkdir(parents=True, exist_ok=True)
     is_writer = jax.process_index() == 0
-    self._lock = take(self.path) if is_writer else None
-    check_shared(self.path)
-    facts = _with_versions(facts or {})
-    check_same(
-      repr((_fixed(config, free), [facts[name] for name in pinned])).encode(),
-      "configurations or data",
-    )
-    self.checkpointer = Checkpointer(
-      self.path / "checkpoints",
-      keep=keep,
-      best=best,
-      best_mode=best_mode,
-      before_save=lambda: self.writer.flush(),
-    )
-    try:
+    with contextlib.ExitStack() as undo:
+      self._lock = take(self.path) if is_writer else None
+      undo.callback(self._unlock)
+      check_shared(self.path)
+      facts = _with_versions(facts or {})
+      check_same(
+        repr((_fixed(config, free), [facts[name] for name in pinned])).encode(),
+        "configurations or data",
+      )
+      self.checkpointer = Checkpointer(
+        self.path / "checkpoints",
+        keep=keep,
+        best=best,
+        best_mode=best_mode,
+        before_save=lambda: self.writer.flush(),
+      )
+      undo.callback(self.checkpointer.close)
       if self.checkpointer.steps or self._has_lines():
         self._check_resume(config, free, facts, pinned)
         facts["started"] = self._saved_facts().get("started", facts["started"])
       if is_writer:
         self._describe(config, facts)
-    except (UserError, RunError):
-      self.checkpointer.close()
-      self._unlock()
-      raise
+      undo.pop_all()
     self.writer = MetricWriter(
       self.path, tensorboard=tensorboard, is_writer=is_writer
     )

@@ -10,7 +10,6 @@ import pathlib
 import re
 import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
@@ -210,26 +209,26 @@ def programs() -> list[str]:
   ]
 
 
+# What takes a second and more to import, all together.
+HEAVY = {
+  "jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets", "scipy",
+  "matplotlib", "PIL", "sentencepiece", "transformers",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("program", programs())
-def test_help_answers_at_once_and_imports_no_jax(program, tmp_path):
+def test_help_imports_nothing_that_takes_time(program):
   code = (
     "import runpy, sys\n"
-    "sys.argv[1:] = ['--help']\n"
-    "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+    f"sys.argv[:] = [{program!r}, '--help']\n"
+    f"try: runpy.run_module({program!r}, run_name='__main__', alter_sys=True)\n"
     "except SystemExit as end: status = end.code\n"
-    "print('status', status, 'jax' in sys.modules)"
+    f"print('status', status, sorted({HEAVY!r} & set(sys.modules)))"
   )
-  code = code.replace("sys.argv[0]", repr(program))
-  for _ in range(3):  # on a busy machine one of them
-    began = time.monotonic()
-    done = run_python("-c", code, cwd=ROOT)
-    seconds = time.monotonic() - began
-    if seconds < 1.0:
-      break
-  assert done.stdout.splitlines()[-1:] == ["status 0 False"], done.stderr
+  done = run_python("-c", code, cwd=ROOT)
+  assert done.stdout.splitlines()[-1:] == ["status 0 []"], done.stderr
   assert f"python -m {program}" in done.stdout
   assert "example" in done.stdout
-  assert seconds < 1.0  # 0.13 s alone on a core
 
 
 def test_help_lists_the_keys_of_the_projects_own_config():
