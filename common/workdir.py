@@ -224,6 +224,9 @@ def check_shared(path: epath.Path) -> None:
   if jax.process_index() == 0:
     try:
       with files.bucket_errors(path):
+        if "://" not in os.fspath(path):  # which process 0 holds
+          for old in path.glob(".shared-*"):  # of a start that was killed
+            old.unlink()
         file.write_text("")
     except (UserError, RunError, OSError) as reason:
       error = reason
