@@ -261,13 +261,14 @@ class Saver:
   """Stands for a `Checkpointer`; its machine is taken away at step 7."""
 
   def __init__(self):
-    self.steps = []
+    self.steps, self.asked = [], 0
 
   def save(self, step, *state, metrics):
     self.steps.append(step)
 
-  def reached_preemption(self, step):
-    return step == 7
+  def reached_preemption(self):
+    self.asked += 1
+    return self.asked == 7
 
   def wait(self):
     pass
