@@ -416,3 +416,35 @@ def test_a_configuration_of_another_program_is_refused(run):
   assert result.status == 2
   assert not result.calls
   assert "configs/toy.py is none of toy: it has no 'teacher'" in result.err
+
+
+@pytest.mark.parametrize(
+  ("asked", "there", "problem"),
+  [
+    ("cuda", "cpu", "there is no such device"),
+    ("cuda", "gpu", ""),
+    ("cuda,cpu", "cpu", ""),
+    ("tpu", None, "cannot open libtpu.so"),
+  ],
+)
+def test_a_platform_that_is_asked_for_and_not_there(
+  run, monkeypatch, asked, there, problem
+):
+  """jax leaves `cuda` out where there is no GPU, and would go on with cpu."""
+
+  def backend():
+    if there is None:
+      raise RuntimeError(problem)
+    return there
+
+  before = jax.config.jax_platforms
+  monkeypatch.setenv("JAX_PLATFORMS", asked)
+  monkeypatch.setattr(jax, "default_backend", backend)
+  try:
+    result = run("--config=configs/toy.py")
+  finally:
+    jax.config.update("jax_platforms", before)
+  assert result.status == bool(problem)
+  line = f"error: JAX_PLATFORMS={asked}: {problem}; look for the driver"
+  assert result.err.count("\n") == bool(problem)
+  assert result.err.startswith(line) == bool(problem)

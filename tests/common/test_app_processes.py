@@ -327,37 +327,6 @@ def test_processes_that_nobody_names_are_refused(run, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("asked", "there", "problem"),
-  [
-    ("cuda", "cpu", "there is no such device"),
-    ("cuda", "gpu", ""),
-    ("cuda,cpu", "cpu", ""),
-    ("tpu", None, "cannot open libtpu.so"),
-  ],
-)
-def test_a_platform_that_is_asked_for_and_not_there(
-  run, monkeypatch, asked, there, problem
-):
-  """jax leaves `cuda` out where there is no GPU, and would go on with cpu."""
-
-  def backend():
-    if there is None:
-      raise RuntimeError(problem)
-    return there
-
-  before = jax.config.jax_platforms
-  monkeypatch.setenv("JAX_PLATFORMS", asked)
-  monkeypatch.setattr(jax, "default_backend", backend)
-  try:
-    status, error = run()
-  finally:
-    jax.config.update("jax_platforms", before)
-  assert status == bool(problem)
-  line = f"error: JAX_PLATFORMS={asked}: {problem}; look for the driver"
-  assert (error.count("\n") == 1 and error.startswith(line)) == bool(problem)
-
-
-@pytest.mark.parametrize(
   ("number", "status", "error"),
   [
     (0, 2, "error: port {port} of coordinator {address} is taken here"),
