@@ -14,7 +14,9 @@ nobody reads and the next run removes.
 import itertools
 import json
 import logging
+import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -26,17 +28,20 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from common import checksums, files
-from common.checkpoint_items import (
+from common.checkpoint_orbax import (
+  Manager,
+  StorageErrors,
   array_handler,
   plain,
   restore_args,
   with_keys,
 )
-from common.errors import RunError, UserError
+from common.errors import UserError
 from common.state import TrainState
 
 PyTree = Any
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # gets the time after all else
+_GLANCE_SECONDS = 0.02
 _asked = itertools.count(1)  # see `Checkpointer.reached_preemption`
 log = logging.getLogger(__name__)
 
@@ -92,7 +97,7 @@ class Checkpointer:
         )
       )
       _hide_damaged_metrics(self.directory)
-    self._manager = _Manager(
+    self._manager = Manager(
       self.directory,
       item_handlers={
         "params": array_handler(),
@@ -161,7 +166,7 @@ class Checkpointer:
     if self._best is not None and metrics and self._best in metrics:
       ranked = {self._best: float(metrics[self._best])}
     with self._readable_errors():
-      self._manager.wait_until_finished()  # it still reads `_saving`
+      self._finish()  # it still reads `_saving`
       self._saving = step
       self._manager.save(step, args=items, metrics=ranked)
 
@@ -314,52 +319,40 @@ class Checkpointer:
   def wait(self) -> None:
     """Returns once everything that was saved is on the disk."""
     with self._readable_errors():
-      self._manager.wait_until_finished()
+      self._finish()
 
-  def close(self) -> None:
-    """Waits, then releases the writer threads."""
+  def close(self, *, patience: float | None = None) -> None:
+    """Waits, then releases the writer threads.
+
+    Args:
+      patience: seconds after which a save that takes several processes is given
+        up, where one of them may be gone; None waits for it.
+    """
     with self._readable_errors():
-      self._manager.close()
+      if self._finish(patience):
+        self._manager.close()
+      else:
+        log.warning("the save of step %s is given up", self._saving)
+
+  def _finish(self, patience: float | None = None) -> bool:
+    """Waits for what is being saved, whether all is.
+
+    Of several processes one whose writer has failed hears of it when the others
+    have come to the same point, for which theirs wait in vain.
+    """
+    if jax.process_count() > 1:
+      end = math.inf if patience is None else time.monotonic() + patience
+      while self._manager.is_saving_in_progress():
+        if self._manager.failure is not None:
+          raise self._manager.failure
+        if time.monotonic() > end:
+          return False
+        time.sleep(_GLANCE_SECONDS)
+    self._manager.wait_until_finished()
+    return True
 
   def _readable_errors(self):
-    return _StorageErrors(self.directory)
-
-
-class _Manager(ocp.CheckpointManager):
-  """Leaves it to us to ask whether the job will be stopped."""
-
-  def reached_preemption(self, step: int) -> bool:
-    del step
-    return False
-
-
-class _StorageErrors:
-  """Turns what storage refuses a writer into one OSError, and what it does not
-  answer into one RunError.
-  """
-
-  def __init__(self, directory: str):
-    self._directory = directory
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, error, trace):
-    code = None if error is None else files.storage_error(error)
-    if code is not None:
-      raise OSError(
-        code,
-        f"{os.strerror(code)} while saving a checkpoint; mend it and start "
-        "again: the checkpoints already there are whole",
-        self._directory,
-      ) from error
-    if isinstance(error, TimeoutError):
-      raise RunError(
-        f"a checkpoint in {self._directory} was not saved in time: storage "
-        "does not answer, or the clock has jumped; start again: the "
-        "checkpoints already there are whole"
-      ) from error
-    return False
+    return StorageErrors(self.directory)
 
 
 def _hide_damaged_metrics(directory: str) -> None:

@@ -27,6 +27,7 @@ from common.report import FILE_NAME as REPORT
 from common.state import TrainState
 
 log = logging.getLogger(__name__)
+PATIENCE_SECONDS = 30.0  # with a save, after an error of this process
 SEEN_SECONDS = 60.0  # in which a network's folder shows what others write
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -100,7 +101,7 @@ class Workdir:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-    self.close()
+    self.close(patience=None if kind is None else PATIENCE_SECONDS)
     if kind is KeyboardInterrupt:
       raise KeyboardInterrupt(self._what_stays()) from None
 
@@ -186,10 +187,14 @@ class Workdir:
       log.info("resumed %s at step %d", self.path, step)
     return state
 
-  def close(self) -> None:
-    """Waits for the checkpoints to be written and closes the files."""
+  def close(self, *, patience: float | None = None) -> None:
+    """Waits for the checkpoints to be written and closes the files.
+
+    Args:
+      patience: see `Checkpointer.close`.
+    """
     try:
-      self.checkpointer.close()
+      self.checkpointer.close(patience=patience)
     finally:
       self.writer.close()
       self._unlock()

@@ -1,12 +1,68 @@
-"""How arrays and keys of random numbers go through Orbax."""
+"""Orbax as checkpoints use it: its manager, its errors, arrays and keys."""
 
+import os
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from common import files
+from common.errors import RunError
+
 PyTree = Any
 _SHARED_BYTES = 2**20  # of an array and replica, from which all of them write
+
+
+class Manager(ocp.CheckpointManager):
+  """Leaves it to others to ask whether the job will be stopped, and tells of a
+  writer that fails before the other processes know.
+
+  Attributes:
+    failure: of a writer; None while there was none.
+  """
+
+  failure: BaseException | None = None
+
+  def _wait_for_checkpointers(self) -> None:
+    try:
+      super()._wait_for_checkpointers()
+    except BaseException as error:
+      self.failure = error
+      raise
+
+  def reached_preemption(self, step: int) -> bool:
+    """Never, as far as Orbax is told; see `Checkpointer`."""
+    del step
+    return False
+
+
+class StorageErrors:
+  """A context that turns what storage refuses a writer into one OSError, and
+  what it does not answer into one RunError.
+  """
+
+  def __init__(self, directory: str):
+    self._directory = directory
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, kind, error, trace):
+    code = None if error is None else files.storage_error(error)
+    if code is not None:
+      raise OSError(
+        code,
+        f"{os.strerror(code)} while saving a checkpoint; mend it and start "
+        "again: the checkpoints already there are whole",
+        self._directory,
+      ) from error
+    if isinstance(error, TimeoutError):
+      raise RunError(
+        f"a checkpoint in {self._directory} was not saved in time: storage "
+        "does not answer, or the clock has jumped; start again: the "
+        "checkpoints already there are whole"
+      ) from error
+    return False
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
