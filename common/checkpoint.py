@@ -83,6 +83,7 @@ class Checkpointer:
     self.directory = _absolute(directory)
     self._best = best
     self._saving: int | None = None
+    self._is_told = False  # that a save has failed
     self._before_save = before_save
     kept: list[policies.PreservationPolicy] = [policies.LatestN(n=keep)]
     ranked = None
@@ -344,6 +345,9 @@ class Checkpointer:
       end = math.inf if patience is None else time.monotonic() + patience
       while self._manager.is_saving_in_progress():
         if self._manager.failure is not None:
+          if self._is_told:
+            return False
+          self._is_told = True
           raise self._manager.failure
         if time.monotonic() > end:
           return False

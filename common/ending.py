@@ -121,7 +121,9 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-  while error is not None:
+  seen = set()
+  while error is not None and id(error) not in seen:  # one may come twice
+    seen.add(id(error))
     yield error
     error = error.__cause__ or error.__context__
 

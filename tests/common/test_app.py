@@ -349,6 +349,21 @@ def test_the_log_holds_our_lines_and_the_warnings_of_others(run, folder):
   assert (root.level, root.handlers) == before
 
 
+def test_an_error_that_comes_again_while_it_is_handled(run):
+  """As that of a writer does, when what it belongs to is closed."""
+  first = OSError(errno.ENOSPC, "No space left on device", "params")
+
+  def main(config, workdir):
+    try:
+      raise RuntimeError("a save failed") from first
+    finally:
+      raise first
+
+  result = run("--config=configs/toy.py", main=main)
+  assert result.status == 1
+  assert result.err == "error: [Errno 28] No space left on device: 'params'\n"
+
+
 @pytest.mark.parametrize("starts", ["later", "at the same time"])
 def test_a_run_that_is_refused_leaves_the_log_of_another_alone(
   run, folder, starts

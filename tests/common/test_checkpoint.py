@@ -13,6 +13,7 @@ import optax
 import pytest
 from jax.experimental import multihost_utils
 
+from common import checksums
 from common.checkpoint import Checkpointer, checkpoint_steps, load_params
 from common.errors import RunError, UserError
 from common.parallel import make_mesh, shardings
@@ -154,6 +155,36 @@ def test_a_checkpoint_without_hashes_is_read_and_says_so(
   state = checkpointer.restore(abstract(make_state(0, mesh), mesh), None)
   assert int(state.step) == 1
   assert "checkpoint 1 has no hashes" in caplog.text
+
+
+def test_of_several_one_whose_save_fails_hears_of_it_once_and_waits_no_more(
+  tmp_path, mesh, monkeypatch
+):
+  """The others' writers wait for its, which has ended."""
+  checkpointer = Checkpointer(tmp_path / "c")
+  manager = checkpointer._manager
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(manager, "is_saving_in_progress", lambda: True)
+  checkpointer.close(patience=0)  # returns, whatever others do
+  manager.failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  with pytest.raises(OSError, match="while saving a checkpoint"):
+    checkpointer.wait()
+  checkpointer.close(patience=None)
+
+
+def test_a_writer_that_fails_is_noted_before_the_others_know(
+  tmp_path, mesh, monkeypatch
+):
+  checkpointer = Checkpointer(tmp_path / "c")
+
+  def fail(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(checksums, "write", fail)
+  checkpointer.save(1, make_state(1, mesh), None)
+  with pytest.raises(OSError, match="while saving a checkpoint"):
+    checkpointer.wait()
+  assert checkpointer._manager.failure.errno == errno.ENOSPC
 
 
 def test_no_training_asks_for_a_stop_with_the_numbers_of_another(
