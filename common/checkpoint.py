@@ -37,6 +37,7 @@ from common.checkpoint_orbax import (
   with_keys,
 )
 from common.errors import UserError
+from common.parallel import wait_for_all
 from common.state import TrainState
 
 PyTree = Any
@@ -300,8 +301,7 @@ class Checkpointer:
         broken.rename(aside)
         log.warning("moved the broken checkpoint %d to %s", step, aside)
     if failures:
-      if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("checkpoints set aside")
+      wait_for_all("checkpoints set aside")
       self._manager.reload()
 
   @staticmethod
@@ -374,8 +374,7 @@ def _hide_damaged_metrics(directory: str) -> None:
       except files.JSON_ERRORS as error:
         log.warning("checkpoint %d: its metrics are damaged (%s)", step, error)
         file.rename(file.with_name("damaged"))
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices("metrics looked at")
+  wait_for_all("metrics looked at")
 
 
 def _everywhere(holds: bool) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from common.data.workers import Workers
+from common.data.workers import Workers, settle
 from common.errors import UserError
 
 Batch = Mapping[str, np.ndarray]
@@ -230,16 +230,12 @@ class _Crew:
       result, make = task
       if self._stopping:
         result.cancel()
-      if not result.set_running_or_notify_cancel():
-        continue
-      try:
-        value = self._place(make())
-      except BaseException as error:
-        result.set_exception(error)
-      else:
-        result.set_result(value)
+      settle(result, self._placed, make)
       # Nothing of a batch may stay alive while the thread waits.
-      task = result = make = value = None
+      task = result = make = None
+
+  def _placed(self, make: Callable[[], Batch]) -> Any:
+    return self._place(make())
 
 
 class Placer:

@@ -78,12 +78,7 @@ class Workers:
       result, arguments = task
       if self._stopping:
         result.cancel()
-      if not result.set_running_or_notify_cancel():
-        continue
-      try:
-        result.set_result(self._call(pipe, arguments))
-      except BaseException as error:
-        result.set_exception(error)
+      settle(result, self._call, pipe, arguments)
       # Nothing of a result may stay alive while the thread waits.
       task = result = arguments = None
     pipe.close()
@@ -109,6 +104,16 @@ class Workers:
     if succeeded:
       return value
     raise value
+
+
+def settle(result: futures.Future, function: Callable, *arguments: Any) -> None:
+  """Gives a result, unless it was cancelled, what a call returns or raises."""
+  if not result.set_running_or_notify_cancel():
+    return
+  try:
+    result.set_result(function(*arguments))
+  except BaseException as error:
+    result.set_exception(error)
 
 
 def _died() -> RunError:
